@@ -1,0 +1,163 @@
+"""Causal attention over a pack whose candidates share prefixes.
+
+A pack is a row of pieces: `prefix c0 c1 ... prefix c0 c1 ...`. The first candidate of a group is
+plain causal attention over `[prefix c0]`. A later candidate's queries are its suffix, its keys
+`[prefix suffix]`, causal with the last query aligned to the last key ("bottom-right"). So the
+whole pack is one varlen call whose query and key lengths differ; keys and values are gathered
+from the pieces before KV heads are repeated. Gathering is split and cat: the backward of a slice
+writes a full-size tensor for every slice.
+
+Backends: `sdpa` runs on any device and is the reference; `flash_attn` is one
+`flash_attn_varlen_func` call (flash-attn >= 2.1, the first to align bottom-right). A backend is
+never trusted unseen: `choose_backend` compares it with the reference on the device it will run on.
+
+Shapes: T tokens, K gathered keys, H query heads, G KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from polar_xtuner.collate import PackLayout
+
+logger = logging.getLogger(__name__)
+
+Attention = Callable[[Tensor, Tensor, Tensor, PackLayout], Tensor]
+
+BACKENDS = ("auto", "flash_attn", "sdpa")
+
+CHECK_PIECES = [[9, 5], [17, 3, 1], [1, 2, 8, 1, 130]]
+"""Groups that a backend is checked on: one, two and four candidates, suffixes of one token."""
+
+
+def sdpa_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackLayout) -> Tensor:
+    """(T, H, D): attention by `scaled_dot_product_attention`, one call a candidate."""
+    groups = k_TGD.shape[1]
+    outputs = []
+    for q, k, v in zip(
+        q_THD.split(layout.query_lengths),
+        layout.gather(k_TGD).split(layout.key_lengths),
+        layout.gather(v_TGD).split(layout.key_lengths),
+    ):
+        queries, keys = len(q), len(k)
+        # KV heads become the batch, so that their query heads share them as a view.
+        q_GHLD = q.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
+        k_GHLD = k.permute(1, 0, 2).unsqueeze(1).expand(-1, q_GHLD.shape[1], -1, -1)
+        v_GHLD = v.permute(1, 0, 2).unsqueeze(1).expand(-1, q_GHLD.shape[1], -1, -1)
+        mask = None
+        if queries != keys:
+            ones = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
+            mask = ones.tril(keys - queries)
+        out = F.scaled_dot_product_attention(
+            q_GHLD, k_GHLD, v_GHLD, attn_mask=mask, is_causal=mask is None
+        )
+        outputs.append(out.permute(2, 0, 1, 3).flatten(1, 2))
+    return torch.cat(outputs)
+
+
+def flash_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackLayout) -> Tensor:
+    """(T, H, D): attention by one call of flash-attn's varlen kernel."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        q_THD,
+        layout.gather(k_TGD),
+        layout.gather(v_TGD),
+        cu_seqlens_q=layout.cu_seqlens_q,
+        cu_seqlens_k=layout.cu_seqlens_k,
+        max_seqlen_q=layout.max_seqlen_q,
+        max_seqlen_k=layout.max_seqlen_k,
+        causal=True,
+    )
+
+
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> Attention:
+    """The attention function of a backend, checked on `device` against the reference.
+
+    `auto` is flash_attn on CUDA in half precision where it is installed, else sdpa.
+
+    Raises:
+        ValueError: unknown name, or flash_attn where it cannot run.
+        RuntimeError: the backend disagrees with the reference; the message has the numbers.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = _why_no_flash(device, dtype)
+    if name == "flash_attn" and reason:
+        raise ValueError(f"attention='flash_attn' cannot run here: {reason}")
+    if name == "sdpa" or reason:
+        logger.info("attention: sdpa%s", f" ({reason})" if name == "auto" else "")
+        return sdpa_attention
+    difference = check_backend(flash_attention, device, dtype, heads, kv_heads, head_dim)
+    logger.info("attention: flash_attn (off the reference by at most %.1e)", difference)
+    return flash_attention
+
+
+def _why_no_flash(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cuda":
+        return f"flash-attn needs CUDA, the model is on {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn needs float16 or bfloat16, the model computes in {dtype}"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed: pip install 'polar_xtuner[flash]'"
+    return ""
+
+
+def check_backend(
+    attention: Attention,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> float:
+    """Largest error of output and gradients of `attention` on a small random layout.
+
+    Truth is the reference in float64. Every element may be off by four times the largest error
+    that the reference itself makes in `dtype`, plus a rounding step: a misaligned mask or a wrong
+    gather is off by a hundred times that.
+
+    Raises:
+        RuntimeError: `attention` is further off; names the tensor and the numbers.
+    """
+    layout = PackLayout.of(CHECK_PIECES).to(device)
+    tokens = sum(layout.piece_lengths)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(tokens, n, head_dim, generator=generator, dtype=torch.float64).to(device, dtype)
+        for n in (heads, kv_heads, kv_heads, heads)
+    )
+
+    def run(function: Attention, precision: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(precision).requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            out = function(*leaves, layout)
+            return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(precision))]
+
+    truth = run(sdpa_attention, torch.float64)
+    reference = run(sdpa_attention, dtype)
+    worst = 0.0
+    for name, ours, plain, exact in zip(
+        ("output", "gradient of q", "gradient of k", "gradient of v"),
+        run(attention, dtype),
+        reference,
+        truth,
+    ):
+        error = (ours.double() - exact).abs().max().item()
+        allowed = 4 * (plain.double() - exact).abs().max().item() + 4 * torch.finfo(dtype).eps
+        if not error <= allowed:
+            raise RuntimeError(
+                f"attention backend {attention.__name__} is wrong on {device} in {dtype}: its "
+                f"{name} is off by {error:.3g}, allowed is {allowed:.3g}. Use attention='sdpa', "
+                "or install another version of the kernel"
+            )
+        worst = max(worst, error)
+    return worst

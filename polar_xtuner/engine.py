@@ -1,0 +1,235 @@
+"""What xtuner's runner calls: the sampler that follows the plan, and the training loop.
+
+Importing this module registers everything a config can name, so configs say
+`custom_imports = dict(imports=["polar_xtuner.engine"])`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from mmengine.dist import get_rank, get_world_size
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import AmpOptimWrapper
+from mmengine.registry import DATA_SAMPLERS, FUNCTIONS, LOOPS
+from mmengine.runner import IterBasedTrainLoop
+from torch.utils.data import Sampler
+from xtuner.registry import BUILDER
+
+from polar_xtuner import compat  # noqa: F401
+from polar_xtuner.collate import collate_pack
+from polar_xtuner.dataset import PolarDataset
+from polar_xtuner.packing import Pack, plan_epoch
+from polar_xtuner.reward_model import PolarRewardModel
+from polar_xtuner.template import check_vocabulary
+
+for registry in (BUILDER, FUNCTIONS):
+    registry.register_module(module=collate_pack, name="collate_pack")
+
+
+class _ToRunnerLog(logging.Handler):
+    """Messages of this package go where mmengine's go: the console and the run's log file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_log(self.format(record), logger="current", level=record.levelno)
+
+
+_package_logger = logging.getLogger("polar_xtuner")
+if not _package_logger.handlers:
+    _package_logger.addHandler(_ToRunnerLog())
+    _package_logger.setLevel(logging.INFO)
+    _package_logger.propagate = False
+
+
+@DATA_SAMPLERS.register_module()
+class PackSampler(Sampler[Pack]):
+    """This rank's packs, epoch after epoch, from any iteration on.
+
+    Args:
+        dataset: whose groups are planned.
+        accumulative_counts: packs a rank adds up before the optimizer steps.
+        seed: of the plan; the runner gives its own.
+    """
+
+    def __init__(self, dataset: PolarDataset, accumulative_counts: int = 1, seed: int = 0) -> None:
+        self.accumulative_counts = accumulative_counts
+        self.start_iter = 0
+        rank = get_rank()
+
+        @lru_cache(maxsize=1)
+        def packs_of(epoch: int) -> list[Pack]:
+            plan = plan_epoch(
+                dataset.lengths,
+                dataset.pair_counts,
+                dataset.max_packed_length,
+                seed=seed or 0,
+                epoch=epoch,
+                ranks=get_world_size(),
+                accumulation=accumulative_counts,
+            )
+            return [slot[rank] for step in plan for slot in step]
+
+        self.packs_of = packs_of
+        """Epoch -> the packs of this rank, in order."""
+
+    def __len__(self) -> int:
+        return len(self.packs_of(0))
+
+    def __iter__(self) -> Iterator[Pack]:
+        """Packs from `start_iter` on, without end."""
+        epoch, skip = 0, self.start_iter
+        while True:
+            packs = self.packs_of(epoch)
+            yield from packs[skip:]
+            epoch, skip = epoch + 1, max(0, skip - len(packs))
+
+    def iterations(self, epochs: int) -> int:
+        """Packs a rank goes through in that many epochs (packing differs a little by epoch)."""
+        return sum(len(self.packs_of(epoch)) for epoch in range(epochs))
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient became NaN or infinite."""
+
+
+@LOOPS.register_module()
+class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
+    """Train for epochs or iterations over the plan of a `PackSampler`.
+
+    Unlike its base it resumes at the next pack without replaying those before it, checks at the
+    start that config, data and model agree, and stops at the first non-finite loss or gradient,
+    naming the rows of the optimizer step.
+
+    Args:
+        max_epochs, max_iters: exactly one of them.
+        val_begin, val_interval: as in mmengine.
+
+    Raises:
+        ValueError: a setting contradicts another.
+        NonFiniteError: loss or gradient is NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        dataloader: Any,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        val_begin: int = 1,
+        val_interval: int = 1000,
+    ) -> None:
+        if (max_epochs is None) == (max_iters is None):
+            raise ValueError("train_cfg needs either max_epochs or max_iters, and not both")
+        for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters)):
+            if value is not None and (value != int(value) or value < 1):
+                raise ValueError(f"train_cfg.{name} must be a whole number >= 1, got {value}")
+        if isinstance(dataloader, dict):
+            dataloader = runner.build_dataloader(dataloader, seed=runner.seed)
+        sampler = dataloader.sampler
+        if not isinstance(sampler, PackSampler):
+            raise ValueError(
+                "PolarTrainLoop needs train_dataloader.sampler.type=PackSampler, got "
+                f"{type(sampler).__name__}"
+            )
+        counts = sampler.accumulative_counts
+        if max_iters is not None and max_iters % counts:
+            raise ValueError(
+                f"max_iters={max_iters} must be a multiple of accumulative_counts={counts}: "
+                "the last optimizer step would lack packs"
+            )
+        iterations = max_iters or sampler.iterations(int(max_epochs or 0))
+        super().__init__(runner, dataloader, iterations, val_begin, val_interval)
+        self._rows: list[str] = []
+
+    def run(self) -> Any:
+        self._check()
+        self.runner.call_hook("before_train")
+        self.runner.call_hook("before_train_epoch")
+        self.dataloader.sampler.start_iter = self._iter
+        batches = iter(self.dataloader)
+        while self._iter < self._max_iters and not self.stop_training:
+            self.runner.model.train()
+            self.run_iter(next(batches))
+            self._decide_current_val_interval()
+            due = self._iter % self.val_interval == 0 or self._iter == self._max_iters
+            if self.runner.val_loop is not None and self._iter >= self.val_begin and due:
+                self.runner.val_loop.run()
+        self.runner.call_hook("after_train_epoch")
+        self.runner.call_hook("after_train")
+        return self.runner.model
+
+    def run_iter(self, data_batch: dict[str, Any]) -> None:
+        if self._iter % self.dataloader.sampler.accumulative_counts == 0:
+            self._rows = []
+        self._rows += data_batch["data_samples"]["rows"]
+        try:
+            super().run_iter(data_batch)
+        except RuntimeError as error:
+            if "non-finite" in str(error):  # torch's clip_grad_norm_(error_if_nonfinite=True)
+                raise self._non_finite("gradient") from error
+            raise
+        # mmengine's hooks have read the loss already: this waits for nothing new.
+        loss = self.runner.message_hub.get_scalar("train/loss").current()
+        if not math.isfinite(loss):
+            raise self._non_finite(f"loss ({loss})")
+
+    def _non_finite(self, what: str) -> NonFiniteError:
+        own = _unwrapped(self.runner.model).pack_loss
+        place = "on this rank" if own is None or not torch.isfinite(own) else "on some rank"
+        return NonFiniteError(
+            f"the {what} of iteration {self._iter} is not finite {place}; training stops before "
+            f"it is lost in the weights. Rows of this rank's optimizer step: "
+            f"{', '.join(self._rows)}"
+        )
+
+    def _check(self) -> None:
+        model = _unwrapped(self.runner.model)
+        if not isinstance(model, PolarRewardModel):
+            raise ValueError(
+                f"PolarTrainLoop trains a PolarRewardModel, got {type(model).__name__}"
+            )
+        dataset = self.dataloader.dataset
+        check_vocabulary(dataset.special_ids, model.config.vocab_size)
+        scaling = model.config.rope_scaling or {}
+        factor = scaling["factor"] if scaling.get("type") == "linear" else 1
+        longest = int(factor * model.config.max_position_embeddings)
+        if dataset.max_length > longest:
+            raise ValueError(
+                f"max_length={dataset.max_length} is more than the {longest} positions of the "
+                "model (max_position_embeddings): lower max_length"
+            )
+        wrapper = self.runner.optim_wrapper
+        strategy = getattr(self.runner, "strategy", None)  # DeepSpeed accumulates by itself
+        if strategy is not None and hasattr(strategy, "config"):
+            counts = strategy.config["gradient_accumulation_steps"]
+        else:
+            counts = wrapper._accumulative_counts
+        planned = self.dataloader.sampler.accumulative_counts
+        if counts != planned:
+            raise ValueError(
+                f"the optimizer accumulates {counts} packs, the sampler plans for {planned}: set "
+                "optim_wrapper.accumulative_counts and train_dataloader.sampler."
+                "accumulative_counts to the same number"
+            )
+        half = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32}
+        if isinstance(wrapper, AmpOptimWrapper) and half - {torch.float64}:
+            raise ValueError(
+                f"trained weights are {half.pop()} without a float32 copy, which loses small "
+                "updates: set model.llm.torch_dtype to float32, or train with --deepspeed"
+            )
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside DDP or a DeepSpeed engine."""
+    if is_model_wrapper(model):
+        model = model.module
+    elif hasattr(model, "model") and not isinstance(model, PolarRewardModel):
+        model = model.model
+        model = getattr(model, "module", model)
+    return model

@@ -1,0 +1,113 @@
+"""Lengths -> plan: which groups make which pack, on which rank, in which optimizer step.
+
+Pure functions on numbers: the same arguments give the same plan on every rank, without a word
+between them. Groups are shuffled, cut into windows, and best-fit packed within each window
+(longest group first, into the fullest pack that still has room), so that packs are full while
+the order stays random across the epoch. Packs are then shuffled and dealt to optimizer steps;
+every step has `ranks * accumulation` of them. Where the number does not divide, packs of several
+groups are split in two until it does.
+
+Each pair of an optimizer step weighs 1/N, N the pairs of the whole step over all its packs. The
+engines average over ranks and accumulation slots, so a pack carries the weight
+`ranks * accumulation / N`: loss and gradient do not depend on how the pairs were packed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW = 4096
+"""Groups that are packed together: large enough to fill packs, small against an epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Groups that go through the model together, and what each of their pairs weighs."""
+
+    groups: tuple[int, ...]
+    pair_weight: float
+
+
+def best_fit(lengths: NDArray[np.int64], cap: int) -> list[list[int]]:
+    """Indices of `lengths` in packs of at most `cap` tokens, by best-fit decreasing.
+
+    Raises:
+        ValueError: a length is above the cap.
+    """
+    if len(lengths) and lengths.max() > cap:
+        raise ValueError(f"a group of {lengths.max()} tokens cannot fit a pack of {cap}")
+    packs: list[list[int]] = []
+    open_packs: list[tuple[int, int]] = []  # (room left, pack), ascending
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        at = bisect_left(open_packs, (length, -1))
+        if at == len(open_packs):
+            room, pack = cap, len(packs)
+            packs.append([])
+        else:
+            room, pack = open_packs.pop(at)
+        packs[pack].append(index)
+        insort(open_packs, (room - length, pack))
+    return packs
+
+
+def plan_epoch(
+    lengths: NDArray[np.int64],
+    pairs: NDArray[np.int64],
+    cap: int,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    ranks: int = 1,
+    accumulation: int = 1,
+) -> list[list[list[Pack]]]:
+    """The epoch as `plan[step][slot][rank]`.
+
+    Args:
+        lengths: (groups,) tokens of each group as it is laid out.
+        pairs: (groups,) pairs of each group.
+        cap: most tokens of a pack.
+        seed, epoch: two epochs of one seed have different orders.
+        ranks: data-parallel size.
+        accumulation: packs a rank adds up before it steps.
+
+    Raises:
+        ValueError: a group is longer than the cap, or there are fewer groups than
+            ranks * accumulation.
+    """
+    per_step = ranks * accumulation
+    if len(lengths) < per_step:
+        raise ValueError(
+            f"{len(lengths)} groups cannot fill one optimizer step of {ranks} ranks x "
+            f"{accumulation} accumulation steps: use fewer ranks, a smaller accumulative_counts, "
+            "or more data"
+        )
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    packs = []
+    for start in range(0, len(order), WINDOW):
+        window = order[start : start + WINDOW]
+        packs += [window[p] for p in best_fit(lengths[window], cap)]
+    packs = _split_to_multiple(packs, per_step)
+    shuffled = [packs[i] for i in random.permutation(len(packs))]
+    plan = []
+    for start in range(0, len(shuffled), per_step):
+        step = shuffled[start : start + per_step]
+        weight = per_step / sum(int(pairs[p].sum()) for p in step)
+        ready = [Pack(tuple(p.tolist()), weight) for p in step]
+        plan.append([ready[slot : slot + ranks] for slot in range(0, per_step, ranks)])
+    return plan
+
+
+def _split_to_multiple(packs: list[NDArray[np.int64]], multiple: int) -> list[NDArray[np.int64]]:
+    """Split the packs with most groups until their number is a multiple; no pack is empty."""
+    packs = sorted(packs, key=len)
+    while len(packs) % multiple:
+        largest = packs.pop()
+        for part in (largest[::2], largest[1::2]):
+            insort(packs, part, key=len)
+    return packs

@@ -1,0 +1,196 @@
+"""The mmengine model: builds a POLAR model, trains it on packs, exports it.
+
+`llm` and `v_head` are the parts of a checkpoint, as in xtuner's own `RewardModel`, so their
+tensors have the same names. `lora`, `peft_model` and `llm.quantization_config` mean what they
+mean there.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, get_world_size
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from mmengine.runner import load_checkpoint
+from peft import get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from xtuner.model.utils import find_all_linear_names, get_peft_model_state_dict, traverse_dict
+from xtuner.registry import BUILDER
+
+from polar_xtuner import compat  # noqa: F401
+from polar_xtuner.attention import BACKENDS
+from polar_xtuner.collate import PackLayout
+from polar_xtuner.export import export_hf
+from polar_xtuner.losses import BradleyTerryLoss
+from polar_xtuner.modeling_internlm2 import InternLM2ForRewardModel
+
+logger = logging.getLogger(__name__)
+
+
+@BUILDER.register_module()
+@MODELS.register_module()
+class PolarRewardModel(BaseModel):  # type: ignore[misc]
+    """Decoder, reward head and loss.
+
+    Args:
+        llm: an `InternLM2ForRewardModel` or the config of one
+            (`type=InternLM2ForRewardModel.from_pretrained`).
+        loss: a `BradleyTerryLoss` or its config; None is the published recipe.
+        attention: `auto`, `flash_attn` or `sdpa` (`attention.choose_backend`).
+        use_activation_checkpointing: compute each layer again in the backward pass.
+        lora: a `peft.LoraConfig` or the config of one: train adapters and the reward head only.
+            `target_modules=None` is all linear layers of the decoder.
+        peft_model: a checkpoint of adapters and head to start from.
+
+    Raises:
+        ValueError: an option has no such value.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        loss: Any = None,
+        attention: str = "auto",
+        use_activation_checkpointing: bool = True,
+        lora: Any = None,
+        peft_model: str | None = None,
+    ) -> None:
+        super().__init__()
+        if attention not in BACKENDS:
+            raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {attention!r}")
+        if isinstance(llm, dict):
+            traverse_dict(llm)
+            llm = BUILDER.build(llm)
+        if not isinstance(llm, InternLM2ForRewardModel):
+            raise ValueError(
+                "model.llm must build an InternLM2ForRewardModel "
+                "(polar_xtuner.modeling_internlm2.InternLM2ForRewardModel.from_pretrained), "
+                f"got {type(llm).__name__}"
+            )
+        self.llm: Any = llm.model
+        self.v_head = llm.v_head
+        self.config = llm.config
+        self.llm.attention_backend = attention
+        self.loss = BUILDER.build(loss) if isinstance(loss, dict) else loss or BradleyTerryLoss()
+        if lora is not None:
+            self._add_lora(BUILDER.build(lora) if isinstance(lora, dict) else lora, peft_model)
+        elif peft_model is not None:
+            raise ValueError("peft_model is a checkpoint of adapters: it needs lora as well")
+        if use_activation_checkpointing:
+            self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        self.pack_loss: Tensor | None = None
+        """Loss of this rank's last pack, before it is averaged over ranks."""
+        self._built = {name: weakref.ref(p) for name, p in self.named_parameters()}
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The decoder itself, under adapters if there are any."""
+        return self.llm.get_base_model() if hasattr(self.llm, "peft_config") else self.llm
+
+    def _add_lora(self, lora: Any, peft_model: str | None) -> None:
+        self.llm = prepare_model_for_kbit_training(self.llm, use_gradient_checkpointing=False)
+        if lora.target_modules is None:
+            lora.target_modules = find_all_linear_names(self.llm)
+        self.llm = get_peft_model(self.llm, lora)
+        self.v_head.float()
+        if peft_model is not None:
+            load_checkpoint(self, peft_model)
+
+    def forward(
+        self, data: dict[str, Any], data_samples: Any = None, mode: str = "tensor"
+    ) -> Tensor | dict[str, Tensor]:
+        """`tensor`: (C,) rewards of the pack's candidates. `loss`: the loss and what to log.
+
+        Raises:
+            ValueError: `data` has no layout, or another mode.
+        """
+        if "layout" not in data:
+            raise ValueError("data has no layout: a pack must come from polar_xtuner.collate_pack")
+        layout = PackLayout(**data["layout"])
+        hidden_TE = self.decoder(data["input_ids_T"], data["position_ids_T"], layout)
+        rewards_C = self.v_head(hidden_TE[data["reward_rows_C"]])
+        if mode == "tensor":
+            return rewards_C
+        if mode == "loss":
+            return self._losses(rewards_C, data)
+        raise ValueError(f"mode must be 'tensor' or 'loss', got {mode!r}")
+
+    def _losses(self, rewards_C: Tensor, data: dict[str, Any]) -> dict[str, Tensor]:
+        chosen_P, rejected_P = data["chosen_P"], data["rejected_P"]
+        weights_P, margins_P = data["pair_weights_P"], data["margins_P"]
+        loss = self.loss(rewards_C, chosen_P, rejected_P, weights_P, margins_P)
+        self.pack_loss = loss.detach()
+        r_c, r_r = rewards_C.detach()[chosen_P], rewards_C.detach()[rejected_P]
+        sums = torch.stack(
+            [
+                self.pack_loss / get_world_size(),
+                (r_c > r_r).sum().to(r_c),
+                (r_c - r_r).sum(),
+                r_c.sum(),
+                r_r.sum(),
+                torch.full_like(self.pack_loss, len(r_c)),
+            ]
+        )
+        all_reduce(sums)
+        mean_loss, *totals, pairs = sums.unbind()
+        accuracy, margin, chosen, rejected = (total / pairs for total in totals)
+        return {
+            # The gradient of this rank's loss, the value of all ranks' mean.
+            "loss": loss + (mean_loss - self.pack_loss),
+            "accuracy": accuracy,
+            "margin": margin,
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+            "pairs": pairs,
+        }
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All tensors; with LoRA the adapters and the reward head only."""
+        state = super().state_dict(*args, **kwargs)
+        if not hasattr(self.llm, "peft_config"):
+            return state
+        trained = get_peft_model_state_dict(self.llm, state_dict=state)
+        trained.update({name: state[name] for name in state if name.endswith("v_head.weight")})
+        return trained
+
+    def to_hf(
+        self, cfg: Any, save_dir: str, fp32: bool = False, **options: Any
+    ) -> None:  # what `xtuner convert pth_to_hf` calls
+        """Write the model as a Hugging Face folder in the layout of its base checkpoint.
+
+        The weights keep their dtype (`fp32=True` widens them) and are written as safetensors.
+        Called by `xtuner convert pth_to_hf` once it has put a checkpoint's tensors into a model
+        built from `cfg.model`.
+
+        Raises:
+            ValueError: the checkpoint lacked tensors; names them.
+        """
+        trained = set(self.state_dict())
+        kept = [n for n, p in self.named_parameters() if n in trained and self._built[n]() is p]
+        if kept:
+            raise ValueError(
+                f"the checkpoint lacks {len(kept)} of the {len(trained)} tensors of this model: "
+                f"{', '.join(kept[:8])}{', ...' if len(kept) > 8 else ''}. Nothing was written: "
+                "the export would have kept the base model's values for them"
+            )
+        if hasattr(self.llm, "peft_config"):
+            self.llm = self.llm.merge_and_unload()
+        shard_size = options.get("save_pretrained_kwargs", {}).get("max_shard_size", "2GB")
+        export_hf(
+            {
+                **{f"model.{name}": p for name, p in self.llm.state_dict().items()},
+                "v_head.weight": self.v_head.weight,
+            },
+            base=cfg.model.llm.pretrained_model_name_or_path,
+            save_dir=Path(save_dir),
+            dtype=torch.float32 if fp32 else None,
+            max_shard_size=shard_size,
+        )
+
+
+BUILDER.register_module(module=BradleyTerryLoss)

@@ -1,0 +1,36 @@
+"""Packaging of polar_xtuner: a light base for scoring clients, extras for training."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+TRAIN = [
+    "xtuner[deepspeed]==0.2.0",  # newer ones have no `xtuner` command
+    "torch>=2.6",  # the first whose checkpoints load without running pickled code
+    "torchvision",
+    "tensorboard",
+    "setuptools",  # deepspeed 0.16.2 imports it without asking for it
+    "sentencepiece!=0.2.2",  # 0.2.2 cannot read the InternLM2 tokenizer
+]
+
+setup(
+    name="polar_xtuner",
+    version=re.search(
+        r'__version__ = "(.+)"', (ROOT / "polar_xtuner" / "__init__.py").read_text()
+    ).group(1),
+    description="Fine-tune POLAR reward models with xtuner, and score with them",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["polar_xtuner", "polar_xtuner.*"]),
+    python_requires=">=3.10,<3.13",
+    install_requires=["numpy", "tokenizers"],
+    extras_require={
+        "train": TRAIN,
+        "flash": ["flash-attn>=2.1"],
+        "test": ["pytest", "hypothesis", "ruff", "mypy"],
+    },
+)
