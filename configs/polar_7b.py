@@ -120,24 +120,12 @@ optim_wrapper = dict(
     accumulative_counts=accumulative_counts,
 )
 
-param_scheduler = [
-    dict(
-        type="LinearLR",
-        start_factor=1e-5,
-        by_epoch=True,
-        begin=0,
-        end=warmup_ratio * max_epochs,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type="CosineAnnealingLR",
-        eta_min_ratio=final_lr_ratio,
-        by_epoch=True,
-        begin=warmup_ratio * max_epochs,
-        end=max_epochs,
-        convert_to_iter_based=True,
-    ),
-]
+param_scheduler = dict(
+    type="WarmupCosineLR",
+    by_epoch=False,
+    warmup_ratio=warmup_ratio,
+    final_lr_ratio=final_lr_ratio,
+)
 
 train_cfg = dict(type="PolarTrainLoop", max_epochs=max_epochs)
 

@@ -111,6 +111,7 @@ def _why_no_flash(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
+@torch.inference_mode(False)  # scoring may be what calls first: the check needs gradients
 def check_backend(
     attention: Attention,
     device: torch.device,
@@ -137,9 +138,9 @@ def check_backend(
     )
 
     def run(function: Attention, precision: torch.dtype) -> list[Tensor]:
-        leaves = [x.to(precision).requires_grad_() for x in (q, k, v)]
+        leaves = a, b, c = [x.to(precision).requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            out = function(*leaves, layout)
+            out = function(a, b, c, layout)
             return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(precision))]
 
     truth = run(sdpa_attention, torch.float64)

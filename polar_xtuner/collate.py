@@ -57,11 +57,14 @@ class PackLayout:
                 queries.append(suffix if number else prefix + suffix)
                 keys.append(prefix + suffix)
         return cls(
-            *(
-                torch.tensor([*accumulate(n, initial=0)], dtype=torch.int32)
-                for n in (queries, keys)
-            ),
-            *(max(queries), max(keys), queries, keys, pieces, gather),
+            cu_seqlens_q=_offsets(queries),
+            cu_seqlens_k=_offsets(keys),
+            max_seqlen_q=max(queries),
+            max_seqlen_k=max(keys),
+            query_lengths=queries,
+            key_lengths=keys,
+            piece_lengths=pieces,
+            key_gather=gather,
         )
 
     def to(self, device: torch.device) -> PackLayout:
@@ -116,6 +119,10 @@ def collate_pack(instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "margins_P": torch.from_numpy(margins),
     }
     return {"data": data, "data_samples": {"rows": pack["rows"]}}
+
+
+def _offsets(lengths: list[int]) -> Tensor:
+    return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32)
 
 
 def _long(parts: list[np.ndarray[Any, Any]]) -> Tensor:

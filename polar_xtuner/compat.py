@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ast
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 NEEDED = {"xtuner": "0.2.0", "transformers": "4.48", "mmengine": "0.10.6"}
 
@@ -32,7 +33,7 @@ check_versions()
 
 import mmengine.config.config as mmengine_config  # noqa: E402
 import torch  # noqa: E402
-from mmengine.config import Config  # noqa: E402
+from mmengine.config import Config, ConfigDict  # noqa: E402
 
 
 def allow_set_device_without_cuda() -> None:
@@ -52,18 +53,17 @@ def allow_checkpoint_globals() -> None:
     import numpy
     from mmengine.logging.history_buffer import HistoryBuffer
 
+    def statistic(owner: Any, name: str) -> Any:
+        """What a pickle may ask `getattr` for: a HistoryBuffer's way of summing up."""
+        if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
+            raise ValueError(f"the checkpoint asks for {name!r} of {owner!r}: it is not safe")
+        return getattr(owner, name)
+
     core = numpy._core if hasattr(numpy, "_core") else numpy.core
-    scalars = {type(numpy.dtype(t)) for t in ("f8", "f4", "i8", "i4", "b1")}
-    torch.serialization.add_safe_globals(
-        [
-            HistoryBuffer,
-            core.multiarray._reconstruct,
-            core.multiarray.scalar,
-            numpy.ndarray,
-            numpy.dtype,
-            *scalars,
-        ]
-    )
+    allowed = [HistoryBuffer, core.multiarray._reconstruct, core.multiarray.scalar]
+    allowed += [numpy.ndarray, numpy.dtype]
+    allowed += [type(numpy.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "b1")]
+    torch.serialization.add_safe_globals([*allowed, (statistic, "builtins.getattr")])
 
 
 def let_settings_follow_cfg_options() -> None:
@@ -71,7 +71,8 @@ def let_settings_follow_cfg_options() -> None:
 
     Without: `--cfg-options lr=1e-5` changes the variable `lr` and nothing that was computed from
     it, so the run goes on with the old value and does not say so. With: the file and its bases
-    are run again as if the assignment to that name said the new value.
+    are run again as if the assignment to that name said the new value, and what comes out
+    otherwise is taken over.
     """
     merge = Config.merge_from_dict
     if getattr(merge, "follows_settings", False):
@@ -81,11 +82,12 @@ def let_settings_follow_cfg_options() -> None:
         settings = {
             name: value
             for name, value in options.items()
-            if name in self and not isinstance(self[name], (dict, list))
+            if name in self and not isinstance(self[name], dict)
         }
-        # A list is a setting too where the file gives one path and the user several.
-        if settings and self.filename and not Config._is_lazy_import(self.filename):
-            _rerun(self, settings)
+        # `Config.fromstring` names a file that is gone.
+        has_file = self.filename and Path(self.filename).is_file()
+        if settings and has_file and not Config._is_lazy_import(self.filename):
+            _follow(self, settings)
         merge(self, options, *args, **kwargs)
 
     merge_from_dict.follows_settings = True  # type: ignore[attr-defined]
@@ -95,7 +97,10 @@ def let_settings_follow_cfg_options() -> None:
 class _WithSettings(mmengine_config.RemoveAssignFromAST):  # type: ignore[misc]
     """Replaces what is assigned to a setting, in the pass in which mmengine drops `_base_`."""
 
-    settings: dict[str, Any] = {}
+    settings: ClassVar[dict[str, Any]] = {}
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        return node  # its variables are its own
 
     def visit_Assign(self, node: ast.Assign) -> Any:
         match node.targets:
@@ -106,15 +111,33 @@ class _WithSettings(mmengine_config.RemoveAssignFromAST):  # type: ignore[misc]
         return super().visit_Assign(node)
 
 
-def _rerun(config: Config, settings: dict[str, Any]) -> None:
+def _follow(config: Config, settings: dict[str, Any]) -> None:
+    """Give `config` what `settings` change; what was set since the file ran stays."""
+    earlier = config.__dict__.get("_settings", {})
+    settings = {**earlier, **settings}
+    object.__setattr__(config, "_settings", settings)
+    _take_over(config._cfg_dict, _run(config, earlier), _run(config, settings))
+
+
+def _run(config: Config, settings: dict[str, Any]) -> ConfigDict:
     original = mmengine_config.RemoveAssignFromAST
     replaced = type("WithSettings", (_WithSettings,), {"settings": settings})
     mmengine_config.RemoveAssignFromAST = replaced
     try:
-        again = Config.fromfile(config.filename, lazy_import=False)
+        return Config.fromfile(config.filename, lazy_import=False)._cfg_dict
     finally:
         mmengine_config.RemoveAssignFromAST = original
-    object.__setattr__(config, "_cfg_dict", again._cfg_dict)
+
+
+def _take_over(current: ConfigDict, before: ConfigDict, after: ConfigDict) -> None:
+    for name in before.keys() - after.keys():
+        current.pop(name, None)
+    for name, new in after.items():
+        old, own = before.get(name), current.get(name)
+        if isinstance(new, dict) and isinstance(old, dict) and isinstance(own, dict):
+            _take_over(own, old, new)
+        elif name not in before or new != old:
+            current[name] = new
 
 
 allow_set_device_without_cuda()

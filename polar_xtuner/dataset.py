@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from mmengine.registry import DATASETS
@@ -58,6 +58,8 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         BadRowsError: rows are bad and `on_bad_row` is "error".
         ValueError: a group cannot fit a pack and `on_long_group` is "error"; no row is left.
     """
+
+    metainfo: ClassVar[dict[str, Any]] = {}  # mmengine's loop asks every dataset for it
 
     def __init__(
         self,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
-from mmengine.registry import DATA_SAMPLERS, FUNCTIONS, LOOPS
+from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
+from mmengine.registry import DATA_SAMPLERS, FUNCTIONS, LOOPS, PARAM_SCHEDULERS
 from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import Sampler
 from xtuner.registry import BUILDER
@@ -60,26 +60,30 @@ class PackSampler(Sampler[Pack]):
     def __init__(self, dataset: PolarDataset, accumulative_counts: int = 1, seed: int = 0) -> None:
         self.accumulative_counts = accumulative_counts
         self.start_iter = 0
-        rank = get_rank()
+        self._dataset = dataset
+        self._seed = seed
+        self._planned: tuple[int, list[Pack]] = (0, self._plan(0))
 
-        @lru_cache(maxsize=1)
-        def packs_of(epoch: int) -> list[Pack]:
-            plan = plan_epoch(
-                dataset.lengths,
-                dataset.pair_counts,
-                dataset.max_packed_length,
-                seed=seed or 0,
-                epoch=epoch,
-                ranks=get_world_size(),
-                accumulation=accumulative_counts,
-            )
-            return [slot[rank] for step in plan for slot in step]
+    def packs_of(self, epoch: int) -> list[Pack]:
+        """This rank's packs of an epoch, in order."""
+        if self._planned[0] != epoch:
+            self._planned = epoch, self._plan(epoch)
+        return self._planned[1]
 
-        self.packs_of = packs_of
-        """Epoch -> the packs of this rank, in order."""
+    def _plan(self, epoch: int) -> list[Pack]:
+        plan = plan_epoch(
+            self._dataset.lengths,
+            self._dataset.pair_counts,
+            self._dataset.max_packed_length,
+            seed=self._seed,
+            epoch=epoch,
+            ranks=get_world_size(),
+            accumulation=self.accumulative_counts,
+        )
+        return [slot[get_rank()] for step in plan for slot in step]
 
     def __len__(self) -> int:
-        return len(self.packs_of(0))
+        return self.iterations(1)
 
     def __iter__(self) -> Iterator[Pack]:
         """Packs from `start_iter` on, without end."""
@@ -90,8 +94,47 @@ class PackSampler(Sampler[Pack]):
             epoch, skip = epoch + 1, max(0, skip - len(packs))
 
     def iterations(self, epochs: int) -> int:
-        """Packs a rank goes through in that many epochs (packing differs a little by epoch)."""
+        """Packs a rank goes through in that many epochs; packing differs a little by epoch."""
         return sum(len(self.packs_of(epoch)) for epoch in range(epochs))
+
+
+@PARAM_SCHEDULERS.register_module()
+class WarmupCosineLR(_ParamScheduler):  # type: ignore[misc]
+    """Learning rate of the published recipe, as a function of the iteration alone.
+
+    It rises linearly over the first `warmup_ratio` of the run (one iteration at least) and falls
+    with a cosine to `final_lr_ratio` of its peak. mmengine's own schedulers multiply from one
+    iteration to the next, so a warm-up of one iteration leaves them near zero for the whole run.
+
+    Args:
+        optimizer: or its wrapper; the runner gives it.
+        warmup_ratio: share of the run.
+        final_lr_ratio: share of the peak.
+        end: iterations of the run; the runner gives it where `by_epoch=False`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        warmup_ratio: float = 0.03,
+        final_lr_ratio: float = 0.1,
+        end: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        self.warmup = max(1, math.ceil(warmup_ratio * end))
+        self.total = end
+        self.final = final_lr_ratio
+        super().__init__(optimizer, param_name="lr", end=end, **kwargs)
+
+    def factor(self, iteration: int) -> float:
+        """Share of the peak learning rate at an iteration, counted from 0."""
+        if iteration < self.warmup:
+            return (iteration + 1) / self.warmup
+        progress = (iteration - self.warmup) / max(1, self.total - self.warmup)
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * min(1, progress))) / 2
+
+    def _get_value(self) -> list[float]:
+        return [base * self.factor(self.last_step) for base in self.base_values]
 
 
 class NonFiniteError(RuntimeError):

@@ -49,6 +49,7 @@ def export_hf(
     plan = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         save_file({n: weights[n] for n in names}, save_dir / file, metadata={"format": "pt"})
+        shutil.copymode(save_dir / "config.json", save_dir / file)  # safetensors writes 0600
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (save_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

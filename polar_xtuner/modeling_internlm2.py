@@ -5,8 +5,8 @@ remote code; the forward takes one flat pack and its layout instead of a padded 
 There is no call without a layout: attention across a pack would be silently wrong.
 
 As in the published code, norms and rotary angles are computed in float32 (in a float64 model, the
-norm and the angles' cosines in float64). The reward head runs in float32 at least, on the reward rows only: in bfloat16 a
-reward near 10 moves in steps of 0.06.
+norm and the cosines of the angles in float64). The reward head runs in float32 at least, on the
+reward rows only: in bfloat16 a reward near 10 moves in steps of 0.06.
 
 Shapes: T tokens of the pack, E hidden size, H query heads, G KV heads, D head size, C candidates.
 """
@@ -14,7 +14,7 @@ Shapes: T tokens of the pack, E hidden size, H query heads, G KV heads, D head s
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ class InternLM2Config(PretrainedConfig):
         pad_token_id: int = 0,
         bos_token_id: int = 1,
         eos_token_id: int = 2,
+        tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("attn_implementation", None)  # ours is chosen by `choose_backend`
@@ -81,12 +82,18 @@ class InternLM2Config(PretrainedConfig):
                 f"num_attention_heads={num_attention_heads} must divide hidden_size={hidden_size} "
                 f"and be a multiple of num_key_value_heads={self.num_key_value_heads}"
             )
-        if rope_scaling is not None and rope_scaling.get("type") not in ("linear", "dynamic"):
-            raise ValueError(f"rope_scaling must be linear or dynamic, got {rope_scaling}")
+        if rope_scaling is not None and (
+            rope_scaling.get("type") not in ("linear", "dynamic")
+            or not rope_scaling.get("factor", 0) >= 1
+        ):
+            raise ValueError(
+                f"rope_scaling must be linear or dynamic, with a factor >= 1, got {rope_scaling}"
+            )
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
 
@@ -157,7 +164,8 @@ class InternLM2Attention(nn.Module):
         self, x_TE: Tensor, cos: Tensor, sin: Tensor, layout: PackLayout, attention: Attention
     ) -> Tensor:
         # wqkv holds, for each KV head, its query heads, then its key, then its value.
-        qkv = self.wqkv(x_TE).unflatten(-1, (self.kv_heads, -1, self.head_dim))
+        # A kernel takes them in one dtype; under autocast a quantised layer answers in float32.
+        qkv = self.wqkv(x_TE).to(cos.dtype).unflatten(-1, (self.kv_heads, -1, self.head_dim))
         q_THD = rotate(qkv[:, :, :-2].flatten(1, 2), cos, sin)
         k_TGD = rotate(qkv[:, :, -2], cos, sin)
         return self.wo(attention(q_THD, k_TGD, qkv[:, :, -1], layout).flatten(1))
@@ -194,7 +202,7 @@ class InternLM2PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     config_class = InternLM2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["InternLM2DecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["InternLM2DecoderLayer"]
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -202,8 +210,9 @@ class InternLM2PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             module.weight.data.zero_()  # a base without a head starts from reward 0 everywhere
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             module.weight.data.normal_(mean=0.0, std=std)
-            if getattr(module, "bias", None) is not None:
-                module.bias.data.zero_()
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                bias.data.zero_()
         elif isinstance(module, RMSNorm):
             module.weight.data.fill_(1.0)
 
@@ -228,14 +237,17 @@ class InternLM2Model(InternLM2PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.tok_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.tok_embeddings = value
 
     def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, layout: PackLayout) -> Tensor:
         """(T, E): the normed hidden states of a pack."""
         x_TE = self.tok_embeddings(input_ids_T)
-        cos, sin = self.rotary(position_ids_T, layout.max_seqlen_k, x_TE.dtype)
-        attention = self._choose_attention(x_TE)
+        device, dtype = x_TE.device, x_TE.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        cos, sin = self.rotary(position_ids_T, layout.max_seqlen_k, dtype)
+        attention = self._choose_attention(device, dtype)
         for layer in self.layers:
             inputs = (x_TE, cos, sin, layout, attention)
             if self.gradient_checkpointing and self.training:
@@ -244,10 +256,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
                 x_TE = layer(*inputs)
         return self.norm(x_TE)
 
-    def _choose_attention(self, x_TE: Tensor) -> Attention:
-        device = x_TE.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else x_TE.dtype
+    def _choose_attention(self, device: torch.device, dtype: torch.dtype) -> Attention:
         key = (self.attention_backend, device, dtype)
         if self._attention is None or self._attention[0] != key:
             config = self.config

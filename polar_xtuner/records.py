@@ -262,7 +262,7 @@ def _checked(raw: Any, file: str, line: int, map_fn: MapFn | None, scoring: bool
     if map_fn is not None and isinstance(raw, dict):
         try:
             mapped = map_fn(raw)
-        except Exception as error:  # noqa: BLE001  # whatever a user's function raises
+        except Exception as error:  # whatever a user's function raises
             problem = f"raised {type(error).__name__}: {one_line(str(error))}"
             return _bad(file, line, "dataset_map_fn", problem)
         if not isinstance(mapped, dict):

@@ -18,7 +18,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
 from peft import get_peft_model, prepare_model_for_kbit_training
-from torch import Tensor, nn
+from torch import Tensor
 from xtuner.model.utils import find_all_linear_names, get_peft_model_state_dict, traverse_dict
 from xtuner.registry import BUILDER
 
@@ -88,7 +88,7 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
         self._built = {name: weakref.ref(p) for name, p in self.named_parameters()}
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The decoder itself, under adapters if there are any."""
         return self.llm.get_base_model() if hasattr(self.llm, "peft_config") else self.llm
 
