@@ -125,6 +125,7 @@ param_scheduler = dict(
     by_epoch=False,
     warmup_ratio=warmup_ratio,
     final_lr_ratio=final_lr_ratio,
+    accumulative_counts=accumulative_counts,
 )
 
 train_cfg = dict(type="PolarTrainLoop", max_epochs=max_epochs)
@@ -150,7 +151,13 @@ env_cfg = dict(
     dist_cfg=dict(backend="nccl"),
 )
 
-visualizer = dict(type="Visualizer", vis_backends=[dict(type="TensorboardVisBackend")])
+visualizer = dict(
+    type="Visualizer",
+    vis_backends=[
+        dict(type="TensorboardVisBackend"),
+        dict(type="LocalVisBackend"),  # vis_data/scalars.json, one line a log line
+    ],
+)
 log_level = "INFO"
 load_from = None  # a checkpoint to start from, or to resume
 resume = False  # True resumes from load_from, or from the newest checkpoint of the work dir

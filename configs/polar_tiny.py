@@ -37,4 +37,6 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=1, error_if_nonfinite=True),
     accumulative_counts=accumulative_counts,
 )
+param_scheduler = dict(accumulative_counts=accumulative_counts)
 env_cfg = dict(dist_cfg=dict(backend="gloo"))
+model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)  # processes without GPUs

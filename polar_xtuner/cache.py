@@ -201,7 +201,7 @@ def _is_complete(folder: Path) -> bool:
     try:
         sizes = json.loads((folder / "meta.json").read_text())["sizes"]
         return all((folder / name).stat().st_size == sizes[name] for name in ARRAYS)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):  # whatever damage made of the JSON
         return False
 
 

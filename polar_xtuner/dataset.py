@@ -9,11 +9,14 @@ pairs weigh. As a plain sequence it is the packs of an epoch on one process, whi
 
 from __future__ import annotations
 
+from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks versions)
+
 import hashlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -279,7 +282,7 @@ def _map_function(map_fn: Any) -> Callable[..., Any] | None:
     if not isinstance(map_fn, str):
         return map_fn
     found = MAP_FUNC.get(map_fn) or get_object_from_string(map_fn)
-    if found is None:
+    if not callable(found):
         raise ValueError(
             f"dataset_map_fn {map_fn!r} is neither registered in xtuner's MAP_FUNC nor an "
             "importable name"
@@ -288,11 +291,16 @@ def _map_function(map_fn: Any) -> Callable[..., Any] | None:
 
 
 def _hash_of(map_fn: Callable[..., Any] | None) -> str:
+    """Of the function and of the source of its module: dill only names what can be imported."""
     if map_fn is None:
         return ""
     from datasets.fingerprint import Hasher
 
-    return Hasher.hash(map_fn)
+    function = map_fn
+    while isinstance(function, partial):
+        function = function.func
+    file = getattr(sys.modules.get(function.__module__), "__file__", None)
+    return Hasher.hash([map_fn, Path(file).read_bytes() if file else b""])
 
 
 def _default_cache_dir() -> Path:

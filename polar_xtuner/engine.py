@@ -6,6 +6,8 @@ Importing this module registers everything a config can name, so configs say
 
 from __future__ import annotations
 
+from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks versions)
+
 import logging
 import math
 from collections.abc import Iterator
@@ -22,7 +24,6 @@ from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import Sampler
 from xtuner.registry import BUILDER
 
-from polar_xtuner import compat  # noqa: F401
 from polar_xtuner.collate import collate_pack
 from polar_xtuner.dataset import PolarDataset
 from polar_xtuner.packing import Pack, plan_epoch
@@ -100,16 +101,18 @@ class PackSampler(Sampler[Pack]):
 
 @PARAM_SCHEDULERS.register_module()
 class WarmupCosineLR(_ParamScheduler):  # type: ignore[misc]
-    """Learning rate of the published recipe, as a function of the iteration alone.
+    """Learning rate of the published recipe, as a function of the optimizer step alone.
 
-    It rises linearly over the first `warmup_ratio` of the run (one iteration at least) and falls
-    with a cosine to `final_lr_ratio` of its peak. mmengine's own schedulers multiply from one
-    iteration to the next, so a warm-up of one iteration leaves them near zero for the whole run.
+    It rises linearly over the first `warmup_ratio` of the run (one step at least) and falls with
+    a cosine to `final_lr_ratio` of its peak, the same for any split of the steps into ranks and
+    accumulation. mmengine's own schedulers multiply from one iteration to the next, so that a
+    warm-up of one iteration leaves them near zero for the whole run.
 
     Args:
         optimizer: or its wrapper; the runner gives it.
         warmup_ratio: share of the run.
         final_lr_ratio: share of the peak.
+        accumulative_counts: iterations of an optimizer step.
         end: iterations of the run; the runner gives it where `by_epoch=False`.
     """
 
@@ -118,19 +121,22 @@ class WarmupCosineLR(_ParamScheduler):  # type: ignore[misc]
         optimizer: Any,
         warmup_ratio: float = 0.03,
         final_lr_ratio: float = 0.1,
+        accumulative_counts: int = 1,
         end: int = 1,
         **kwargs: Any,
     ) -> None:
-        self.warmup = max(1, math.ceil(warmup_ratio * end))
-        self.total = end
+        self.counts = accumulative_counts
+        self.total = math.ceil(end / accumulative_counts)
+        self.warmup = max(1, math.ceil(warmup_ratio * self.total))
         self.final = final_lr_ratio
         super().__init__(optimizer, param_name="lr", end=end, **kwargs)
 
     def factor(self, iteration: int) -> float:
         """Share of the peak learning rate at an iteration, counted from 0."""
-        if iteration < self.warmup:
-            return (iteration + 1) / self.warmup
-        progress = (iteration - self.warmup) / max(1, self.total - self.warmup)
+        step = iteration // self.counts
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.total - self.warmup)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * min(1, progress))) / 2
 
     def _get_value(self) -> list[float]:
@@ -188,6 +194,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
             )
         iterations = max_iters or sampler.iterations(int(max_epochs or 0))
         super().__init__(runner, dataloader, iterations, val_begin, val_interval)
+        del self.dataloader_iterator  # `run` starts one where training starts
         self._rows: list[str] = []
 
     def run(self) -> Any:

@@ -307,6 +307,10 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
         """
         path = pretrained_model_name_or_path
         kwargs.pop("trust_remote_code", None)
+        if kwargs.get("low_cpu_mem_usage") and kwargs.get("device_map") is None:
+            # Else transformers 4.48 takes empty tensors of one size for tied ones: a missing norm
+            # or head would not be reported, and stay empty.
+            kwargs["device_map"] = "cpu"
         model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
         missing = sorted(set(info["missing_keys"]) - {HEAD})
         if missing:

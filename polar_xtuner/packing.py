@@ -5,7 +5,8 @@ between them. Groups are shuffled, cut into windows, and best-fit packed within 
 (longest group first, into the fullest pack that still has room), so that packs are full while
 the order stays random across the epoch. Packs are then shuffled and dealt to optimizer steps;
 every step has `ranks * accumulation` of them. Where the number does not divide, packs of several
-groups are split in two until it does.
+groups are split in two until it does; should none be left to split, the shortest groups go through
+once more, with no weight.
 
 Each pair of an optimizer step weighs 1/N, N the pairs of the whole step over all its packs. The
 engines average over ranks and accumulation slots, so a pack carries the weight
@@ -93,20 +94,22 @@ def plan_epoch(
         window = order[start : start + WINDOW]
         packs += [window[p] for p in best_fit(lengths[window], cap)]
     packs = _split_to_multiple(packs, per_step)
-    shuffled = [packs[i] for i in random.permutation(len(packs))]
+    trained = len(packs)
+    packs += [*np.argsort(lengths)[: -trained % per_step, None]]
+    shuffled = random.permutation(len(packs))
     plan = []
     for start in range(0, len(shuffled), per_step):
         step = shuffled[start : start + per_step]
-        weight = per_step / sum(int(pairs[p].sum()) for p in step)
-        ready = [Pack(tuple(p.tolist()), weight) for p in step]
+        weight = per_step / sum(int(pairs[packs[i]].sum()) for i in step if i < trained)
+        ready = [Pack(tuple(packs[i].tolist()), weight if i < trained else 0.0) for i in step]
         plan.append([ready[slot : slot + ranks] for slot in range(0, per_step, ranks)])
     return plan
 
 
 def _split_to_multiple(packs: list[NDArray[np.int64]], multiple: int) -> list[NDArray[np.int64]]:
-    """Split the packs with most groups until their number is a multiple; no pack is empty."""
+    """Split the packs with most groups until their number is a multiple, or no pack is left."""
     packs = sorted(packs, key=len)
-    while len(packs) % multiple:
+    while len(packs) % multiple and len(packs[-1]) > 1:
         largest = packs.pop()
         for part in (largest[::2], largest[1::2]):
             insort(packs, part, key=len)

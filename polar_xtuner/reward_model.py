@@ -7,6 +7,8 @@ mean there.
 
 from __future__ import annotations
 
+from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks versions)
+
 import logging
 import weakref
 from pathlib import Path
@@ -22,7 +24,6 @@ from torch import Tensor
 from xtuner.model.utils import find_all_linear_names, get_peft_model_state_dict, traverse_dict
 from xtuner.registry import BUILDER
 
-from polar_xtuner import compat  # noqa: F401
 from polar_xtuner.attention import BACKENDS
 from polar_xtuner.collate import PackLayout
 from polar_xtuner.export import export_hf
@@ -78,6 +79,9 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
         self.llm.attention_backend = attention
         self.loss = BUILDER.build(loss) if isinstance(loss, dict) else loss or BradleyTerryLoss()
         if lora is not None:
+            if getattr(llm, "is_quantized", False):
+                # Only here: it would also widen the frozen weights of a model that is not.
+                prepare_model_for_kbit_training(self.llm, use_gradient_checkpointing=False)
             self._add_lora(BUILDER.build(lora) if isinstance(lora, dict) else lora, peft_model)
         elif peft_model is not None:
             raise ValueError("peft_model is a checkpoint of adapters: it needs lora as well")
@@ -93,7 +97,6 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
         return self.llm.get_base_model() if hasattr(self.llm, "peft_config") else self.llm
 
     def _add_lora(self, lora: Any, peft_model: str | None) -> None:
-        self.llm = prepare_model_for_kbit_training(self.llm, use_gradient_checkpointing=False)
         if lora.target_modules is None:
             lora.target_modules = find_all_linear_names(self.llm)
         self.llm = get_peft_model(self.llm, lora)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ class PolarTemplate:
         self.eos_token_id = _named_id(tokenizer, "eos_token_id", "</s>")
         self.separator_token_id = _special_id(tokenizer, SEPARATOR_TOKEN, separator_token_id)
         self.reward_token_id = _special_id(tokenizer, REWARD_TOKEN, reward_token_id)
-        self._encode, identity = _data_encoder(tokenizer)
+        self._encode, self._most_ids, identity = _data_encoder(tokenizer)
         self.special_ids = {
             "BOS": self.bos_token_id,
             "EOS": self.eos_token_id,
@@ -130,8 +131,8 @@ class PolarTemplate:
         return [self._assemble(c, kept.get(c), joined, parts["\n"]) for c in candidates]
 
     def _may_need_cut(self, c: Candidate) -> bool:
-        """False if even one token a byte would fit; spares encoding the parts by themselves."""
-        prompt, reference, output = (len(text.encode()) + 2 for text in c[:3])
+        """False if even the most ids would fit; spares encoding the parts by themselves."""
+        prompt, reference, output = (self._most_ids(text) + 2 for text in c[:3])
         return (
             max(reference, output) > self.max_response_length
             or 2 * prompt + reference + output > self.max_length - 4
@@ -184,7 +185,13 @@ class PolarTemplate:
         """A special token's text, one character at a time."""
         if token_id not in self._spelled:
             characters = self._encode(list(self._token_of(token_id)))
-            self._spelled[token_id] = [i for ids in characters for i in ids]
+            spelled = [i for ids in characters for i in ids]
+            if not self._forbidden.isdisjoint(spelled):
+                raise ValueError(
+                    f"token {token_id} is {self._token_of(token_id)!r}, which any text can hold: "
+                    "set separator_token_id and reward_token_id to tokens made for them"
+                )
+            self._spelled[token_id] = spelled
         return self._spelled[token_id]
 
 
@@ -208,26 +215,41 @@ def _valid_unicode(text: str) -> str:
     return text
 
 
-def _data_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[list[int]]], bytes]:
-    """A batch encoder that takes special tokens in the text for text, and its identity."""
+def _data_encoder(
+    tokenizer: Any,
+) -> tuple[Callable[[list[str]], list[list[int]]], Callable[[str], float], bytes]:
+    """A batch encoder that takes special tokens in the text for text, a bound, an identity.
+
+    The bound is on the ids of a text: one a byte of what the tokenizer makes of it before it
+    splits it (NFC, for one, can make three characters of one).
+    """
     if not isinstance(tokenizer, Tokenizer) and not tokenizer.is_fast:
-        vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        options = {k: str(v) for k, v in tokenizer.init_kwargs.items() if k != "name_or_path"}
+        settings = json.dumps([tokenizer.get_vocab(), options], sort_keys=True)
 
         def encode_slowly(texts: list[str]) -> list[list[int]]:
             options = {"add_special_tokens": False, "split_special_tokens": True}
             return [tokenizer.encode(text, **options) for text in texts]
 
-        return encode_slowly, f"{type(tokenizer).__name__} {vocabulary}".encode()
+        return (
+            encode_slowly,
+            lambda text: math.inf,
+            f"{type(tokenizer).__name__} {settings}".encode(),
+        )
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
     backend = Tokenizer.from_str(backend.to_str())
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
+    normalizer = backend.normalizer
 
     def encode(texts: list[str]) -> list[list[int]]:
         return [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]
 
-    return encode, backend.to_str().encode()
+    def most_ids(text: str) -> int:
+        return len((normalizer.normalize_str(text) if normalizer else text).encode())
+
+    return encode, most_ids, backend.to_str().encode()
 
 
 def _token_lookup(tokenizer: Any) -> Callable[[int], str]:

@@ -6,6 +6,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("polar", deadline=None, print_blob=True)
+settings.load_profile("polar")  # a busy machine is no failure
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 DATA_SETS = ("gsm8k", "pandalm", "mt_bench", "arena_hard")

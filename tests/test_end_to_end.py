@@ -1,0 +1,350 @@
+"""The commands that users type, run for real on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "configs" / "polar_tiny.py"
+BIN = Path(sys.executable).parent
+
+
+def run(*command: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """A command of the environment that runs the tests; what it printed is in `.stdout`."""
+    return subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+
+
+def logged(work_dir: Path, field: str) -> list[float]:
+    """A field of mmengine's own log of the one run of a work dir, in order."""
+    (log,) = work_dir.glob("*/vis_data/scalars.json")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line[field] for line in lines if field in line]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with demo data and a tiny base model, and a cache of its own."""
+    folder = tmp_path_factory.mktemp("tiny")
+    made = run(
+        sys.executable, ROOT / "tools" / "make_demo.py", folder, "--train", 600, "--held-out", 60
+    )
+    assert made.returncode == 0, made.stdout
+    return folder
+
+
+def settings(tiny: Path, **more: object) -> list[str]:
+    values = {
+        "pretrained_model_name_or_path": tiny / "base",
+        "data_files": tiny / "train.jsonl",
+        "cache_dir": tiny / "cache",
+        "log_interval": 1,
+        **more,
+    }
+    return ["--cfg-options", *(f"{name}={value}" for name, value in values.items())]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Path) -> Path:
+    """The work dir of one epoch on the tiny data, with a checkpoint every 10 iterations."""
+    work_dir = tiny / "trained"
+    result = run(
+        *("xtuner", "train", TINY, "--work-dir", work_dir),
+        *settings(tiny, save_steps=10, save_total_limit=-1),
+    )
+    assert (work_dir / "last_checkpoint").exists(), result.stdout
+    return work_dir
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    import polar_xtuner.compat  # noqa: F401  (lets torch load mmengine's types)
+
+    return torch.load(checkpoint, map_location="cpu")["state_dict"]
+
+
+def last(work_dir: Path) -> Path:
+    return Path((work_dir / "last_checkpoint").read_text().strip())
+
+
+def test_the_demo_meets_its_figures(tmp_path: Path) -> None:
+    result = run(sys.executable, ROOT / "tools" / "demo.py", "--folder", tmp_path / "demo")
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["n"] >= 500
+    assert figures["accuracy"] >= 0.95
+    assert figures["accuracy_shuffled_references"] <= 0.65
+    assert figures["max_score_diff"] <= 1e-4
+    assert 0 < figures["train_seconds"] < 600
+
+
+def test_the_demo_fails_when_a_stage_fails(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text(f"_base_ = {str(TINY)!r}\nload_from = 'nowhere.pth'\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import demo; "
+        f"from pathlib import Path; demo.CONFIG = Path({str(broken)!r}); demo.main()"
+    )
+    result = run(
+        *(sys.executable, "-c", code, "--folder", tmp_path / "demo"),
+        *("--train", 200, "--held-out", 20),
+    )
+    assert result.returncode != 0
+    assert "training failed" in result.stdout
+    assert "nowhere.pth" in result.stdout
+
+
+def test_settings_on_the_command_line_reach_everything_computed_from_them(
+    tiny: Path, tmp_path: Path
+) -> None:
+    result = run(
+        *("xtuner", "train", TINY, "--work-dir", tmp_path, "--seed", 7),
+        *settings(tiny, lr="3e-4", accumulative_counts=2),
+    )
+    assert (tmp_path / "last_checkpoint").exists(), result.stdout
+    (dumped,) = tmp_path.glob("*.py")
+    text = dumped.read_text()
+    assert text.count("accumulative_counts=2") == 2
+    assert "lr=0.0003" in text
+    assert re.search(r"randomness = dict\(.*seed=7", text)
+    assert max(logged(tmp_path, "lr")) == pytest.approx(3e-4, rel=1e-6)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(
+    tiny: Path, trained: Path, tmp_path: Path
+) -> None:
+    result = run(
+        *("xtuner", "train", TINY, "--work-dir", tmp_path, "--resume", trained / "iter_20.pth"),
+        *settings(tiny, save_steps=10, save_total_limit=-1),
+    )
+    assert (tmp_path / "last_checkpoint").exists(), result.stdout
+    unbroken, resumed = weights(last(trained)), weights(last(tmp_path))
+    assert last(trained).name == last(tmp_path).name
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+    assert logged(trained, "loss")[20:] == logged(tmp_path, "loss")
+
+
+@pytest.mark.parametrize("style", ["class", "name"])
+def test_types_by_class_and_by_registered_name_train_alike(
+    style: str, tiny: Path, trained: Path, tmp_path: Path
+) -> None:
+    names = {
+        "PolarRewardModel": "polar_xtuner.reward_model",
+        "BradleyTerryLoss": "polar_xtuner.losses",
+        "PolarDataset": "polar_xtuner.dataset",
+        "collate_pack": "polar_xtuner.collate",
+        "PackSampler": "polar_xtuner.engine",
+        "PolarTrainLoop": "polar_xtuner.engine",
+        "WarmupCosineLR": "polar_xtuner.engine",
+    }
+    from polar_xtuner import compat  # noqa: F401
+    from mmengine.config import Config  # isort: skip
+
+    cfg = Config.fromfile(TINY)
+    options = dict(option.split("=", 1) for option in settings(tiny)[1:])
+    cfg.merge_from_dict({**options, "log_interval": 1, "save_steps": 10})
+    text = cfg.pretty_text
+    if style == "class":
+        text = re.sub(r"custom_imports = dict\(.*?\)\n", "", text, flags=re.S)
+        for name, module in names.items():
+            text, changed = re.subn(rf"type='{name}'", f"type={name}", text)
+            assert changed
+            text = f"from {module} import {name}\n{text}"
+    config = tmp_path / "config.py"
+    config.write_text(text)
+    result = run("xtuner", "train", config, "--work-dir", tmp_path / "work_dir")
+    assert (tmp_path / "work_dir" / "last_checkpoint").exists(), result.stdout
+    ours, same = weights(last(tmp_path / "work_dir")), weights(last(trained))
+    assert all(torch.equal(ours[name], same[name]) for name in same)
+
+
+def test_two_processes_train_to_the_weights_of_one_with_twice_the_accumulation(
+    tiny: Path, tmp_path: Path
+) -> None:
+    for processes, counts in ((1, 2), (2, 1)):
+        work_dir = tmp_path / str(processes)
+        result = run(
+            *("xtuner", "train", TINY, "--work-dir", work_dir),
+            *settings(tiny, accumulative_counts=counts),
+            NPROC_PER_NODE=str(processes),
+            OMP_NUM_THREADS="1",
+        )
+        assert (work_dir / "last_checkpoint").exists(), result.stdout
+    one, two = (weights(last(tmp_path / n)) for n in ("1", "2"))
+    start = torch.load(tiny / "base" / "pytorch_model.bin")
+    for name in one:
+        # Float32: Adam magnifies what rounding leaves of tiny gradients.
+        moved = (one[name] - start[name.replace("llm.", "model.", 1)]).norm()
+        assert (one[name] - two[name]).norm() <= 1e-4 * moved, name
+
+
+def test_log_dataset_decodes_the_first_pack(tiny: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"_base_ = {str(TINY)!r}\n"
+        f"tokenizer = dict(pretrained_model_name_or_path={str(tiny / 'base')!r})\n"
+        f"train_dataloader = dict(dataset=dict(data_files={str(tiny / 'train.jsonl')!r}, "
+        f"tokenizer=tokenizer, cache_dir={str(tiny / 'cache')!r}))\n"
+    )
+    result = run("xtuner", "log-dataset", config, "--show", "all")
+    assert result.returncode == 0
+    assert "<|reward|>" in result.stdout, result.stdout
+    assert "[UNUSED_TOKEN_130]" in result.stdout
+    rows = [json.loads(line) for line in (tiny / "train.jsonl").read_text().splitlines()]
+    shown = [row for row in rows if row["prompt"][0]["content"] in result.stdout]
+    assert 5 < len(shown) < 40
+    assert all(row["reference"][0]["content"] in result.stdout for row in shown)
+
+
+def test_bad_rows_stop_the_run_before_anything_is_tokenised(tiny: Path, tmp_path: Path) -> None:
+    lines = (tiny / "train.jsonl").read_text().splitlines()[:50]
+    lines[7] = '{"prompt": 3}'
+    lines[9] = "not json"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join(lines))
+    command = ("xtuner", "train", TINY, "--work-dir", tmp_path / "w")
+    result = run(*command, *settings(tiny, data_files=bad, cache_dir=tmp_path / "cache"))
+    assert "2 of 50 rows are bad" in result.stdout
+    assert f"{bad}:8: prompt:" in result.stdout
+    assert f"{bad}:10:" in result.stdout
+    assert "Tokenising" not in result.stdout
+    assert not (tmp_path / "w" / "last_checkpoint").exists()
+    result = run(
+        *command,
+        *settings(tiny, data_files=bad, cache_dir=tmp_path / "cache", on_bad_row="skip"),
+    )
+    assert (tmp_path / "w" / "last_checkpoint").exists(), result.stdout
+    assert "48 rows" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.llm.max_position_embeddings=256", "max_length=512 is more than the 256 positions"),
+        ("train_dataloader.sampler.accumulative_counts=3", "the sampler plans for 3"),
+        ("reward_token_id=100000", "the model's vocabulary has"),
+        ("attention=flash_attn", "flash-attn needs CUDA"),
+        ("max_packed_length=40", "do not fit a pack of max_packed_length=40"),
+    ],
+)
+def test_a_config_that_cannot_be_right_is_refused_with_the_reason(
+    setting: str, message: str, tiny: Path, tmp_path: Path
+) -> None:
+    result = run("xtuner", "train", TINY, "--work-dir", tmp_path, *settings(tiny), setting)
+    assert message in result.stdout, result.stdout
+    assert not (tmp_path / "last_checkpoint").exists()
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_rows(tiny: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny / "base", base)
+    state = torch.load(base / "pytorch_model.bin")
+    state["v_head.weight"].fill_(float("inf"))
+    torch.save(state, base / "pytorch_model.bin")
+    result = run(
+        *("xtuner", "train", TINY, "--work-dir", tmp_path / "w"),
+        *settings(tiny, pretrained_model_name_or_path=base),
+    )
+    assert "NonFiniteError" in result.stdout, result.stdout
+    assert "of iteration 0 is not finite" in result.stdout
+    assert f"{tiny / 'train.jsonl'}:" in result.stdout
+    assert not (tmp_path / "w" / "last_checkpoint").exists()
+
+
+def test_conversion_keeps_every_tensor_and_refuses_a_checkpoint_that_lacks_one(
+    tiny: Path, trained: Path, tmp_path: Path
+) -> None:
+    convert = ("xtuner", "convert", "pth_to_hf", TINY)
+    options = ("--cfg-options", f"pretrained_model_name_or_path={tiny / 'base'}")
+    run(*convert, last(trained), tmp_path / "hf", *options)
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, tensor in weights(last(trained)).items():
+        hf_name = name.replace("llm.", "model.", 1)
+        assert torch.equal(exported.pop(hf_name), tensor)
+    assert not exported
+    assert (tmp_path / "hf" / "modeling_internlm2.py").exists()
+
+    import polar_xtuner.compat  # noqa: F401
+
+    checkpoint = torch.load(last(trained), map_location="cpu")
+    del checkpoint["state_dict"]["llm.layers.2.feed_forward.w2.weight"]
+    torch.save(checkpoint, tmp_path / "lacking.pth")
+    result = run(*convert, tmp_path / "lacking.pth", tmp_path / "none", *options)
+    assert "llm.layers.2.feed_forward.w2.weight" in result.stdout, result.stdout
+    assert not list((tmp_path / "none").glob("*.safetensors"))
+
+    scored = run(
+        *(sys.executable, ROOT / "tools" / "score.py", tmp_path / "hf"),
+        *(tiny / "heldout.jsonl", "--json"),
+    )
+    assert scored.returncode == 0, scored.stdout
+    figures = json.loads(scored.stdout.splitlines()[-1])
+    assert figures["n"] == 60
+    assert 0 <= figures["accuracy"] <= 1
+
+
+def test_score_prints_a_reward_for_every_output_in_order(
+    tiny: Path, trained: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (tiny / "heldout.jsonl").read_text().splitlines()[:5]]
+    outputs = [
+        {"id": r["id"], "prompt": r["prompt"], "reference": r["reference"], "output": r["chosen"]}
+        for r in rows
+    ]
+    file = tmp_path / "outputs.jsonl"
+    file.write_text("".join(json.dumps(o) + "\n" for o in outputs))
+    result = subprocess.run(
+        [sys.executable, ROOT / "tools" / "score.py", tiny / "base", file],
+        capture_output=True,
+        text=True,
+    )
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["id"] for line in lines] == [r["id"] for r in rows]
+    assert all(len(line["scores"]) == 1 for line in lines)
+
+
+def test_gsm8k_with_the_true_tokenizer_trains_with_a_falling_loss_and_converts(
+    shared_data: Path, internlm2_tokenizer: Any, demo: Any, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    demo.write_base(base, internlm2_tokenizer, seed=0, vocab_size=92552, **shape)
+    result = run(
+        *("xtuner", "train", TINY, "--work-dir", tmp_path / "w"),
+        *("--cfg-options", f"pretrained_model_name_or_path={base}"),
+        f"data_files={shared_data / 'gsm8k.jsonl'}",
+        f"cache_dir={tmp_path / 'cache'}",
+        *("max_length=2048", "max_response_length=1000", "max_packed_length=8192"),
+        *("log_interval=1", "train_cfg.max_epochs=1"),
+    )
+    losses = logged(tmp_path / "w", "loss")
+    assert len(losses) >= 50, result.stdout
+    quarter = len(losses) // 4
+    first, final = sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
+    print(f"{len(losses)} steps, loss {first:.4f} -> {final:.4f}")
+    assert final < first - 0.01
+    run(
+        *("xtuner", "convert", "pth_to_hf", TINY, last(tmp_path / "w"), tmp_path / "hf"),
+        *("--cfg-options", f"pretrained_model_name_or_path={base}"),
+    )
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    assert exported["model.tok_embeddings.weight"].dtype == torch.float32
+    assert len(exported) == len(weights(last(tmp_path / "w")))
