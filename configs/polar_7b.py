@@ -12,9 +12,7 @@ custom_imports = dict(imports=["polar_xtuner.engine"])  # registers the names us
 #######################################################################
 # Model
 pretrained_model_name_or_path = "internlm/POLAR-7B-Base"  # folder or hub name to start from
-torch_dtype = (
-    "torch.float32"  # of the loaded weights; with --deepspeed, torch.bfloat16 loads smaller
-)
+torch_dtype = "torch.float32"  # to load weights in; torch.bfloat16 only with --deepspeed
 attention = "auto"  # auto | flash_attn | sdpa; auto takes flash-attn where it is installed
 use_activation_checkpointing = True  # compute layers again in the backward pass, to save memory
 separator_token_id = None  # id of <|reward|>; None asks the tokenizer
@@ -42,8 +40,8 @@ dataloader_num_workers = 2  # processes that prepare packs
 accumulative_counts = 2  # packs that each GPU adds up before the optimizer steps
 max_epochs = 1  # a reward model that sees its data twice overfits
 lr = 2e-5  # published for 7B; 1e-5 for 1.8B
-betas = (0.9, 0.95)
-weight_decay = 0
+betas = (0.9, 0.95)  # of AdamW
+weight_decay = 0  # of AdamW
 max_norm = 1  # gradients are clipped to this norm
 warmup_ratio = 0.03  # share of the run over which the learning rate rises
 final_lr_ratio = 0.1  # share of the learning rate that the cosine ends at

@@ -9,7 +9,9 @@ data_files = "demo/train.jsonl"
 max_length = 512
 max_response_length = 128
 max_packed_length = 1024
+dataloader_num_workers = 0
 accumulative_counts = 1
+use_activation_checkpointing = False
 lr = 1e-3
 
 tokenizer = dict(
@@ -17,10 +19,10 @@ tokenizer = dict(
 )
 model = dict(
     llm=dict(pretrained_model_name_or_path=pretrained_model_name_or_path),
-    use_activation_checkpointing=False,
+    use_activation_checkpointing=use_activation_checkpointing,
 )
 train_dataloader = dict(
-    num_workers=0,
+    num_workers=dataloader_num_workers,
     dataset=dict(
         data_files=data_files,
         tokenizer=tokenizer,
@@ -33,10 +35,12 @@ train_dataloader = dict(
 optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",  # AmpOptimWrapper needs a GPU
-    optimizer=dict(type="AdamW", lr=lr, betas=(0.9, 0.95), weight_decay=0),
-    clip_grad=dict(max_norm=1, error_if_nonfinite=True),
+    optimizer=dict(
+        type="AdamW", lr=lr, betas={{_base_.betas}}, weight_decay={{_base_.weight_decay}}
+    ),
+    clip_grad=dict(max_norm={{_base_.max_norm}}, error_if_nonfinite=True),
     accumulative_counts=accumulative_counts,
 )
 param_scheduler = dict(accumulative_counts=accumulative_counts)
 env_cfg = dict(dist_cfg=dict(backend="gloo"))
-model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)  # processes without GPUs
+model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)  # no GPUs

@@ -655,12 +655,41 @@ def mutated_bytes(rng: random.Random, row: Raw) -> bytes:
     return bytes(line)
 
 
-ODD_VALUES = (
-    [None, True, False, 0, -1, 10**25, 10**400, 1.5, math.nan, math.inf, -math.inf, "", " ", "sft"]
-    + ["\ud800", "x\udc00\ud800", "\ud83c\udf89", "\x00", "pretrain", "SFT", [], [[]], {}, [{}]]
-    + [["a", "b"], [["a"]], [1], {"content": "x"}, [{"content": "x"}], [[{"content": "x"}], "y"]]
-    + [[{"role": None, "content": "x"}], [{"role": 1, "content": "x"}], [{"content": None}]]
-)
+ODD_VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    10**25,
+    10**400,
+    1.5,
+    math.nan,
+    math.inf,
+    -math.inf,
+    "",
+    " ",
+    "sft",
+    "�",
+    "x��",
+    "��",
+    "\x00",
+    "pretrain",
+    "SFT",
+    [],
+    [[]],
+    {},
+    [{}],
+    ["a", "b"],
+    [["a"]],
+    [1],
+    {"content": "x"},
+    [{"content": "x"}],
+    [[{"content": "x"}], "y"],
+    [{"role": None, "content": "x"}],
+    [{"role": 1, "content": "x"}],
+    [{"content": None}],
+]
 
 
 def mutated_structure(rng: random.Random, row: Raw) -> bytes:
