@@ -82,6 +82,9 @@ def stand_in_for_triton_ops() -> None:
     ops, perf_model = ModuleType("triton.ops"), ModuleType("triton.ops.matmul_perf_model")
     perf_model.__dict__.update(early_config_prune=None, estimate_matmul_time=None)
     sys.modules.update({module.__name__: module for module in (ops, perf_model)})
+    if "bitsandbytes" not in sys.modules:
+        for name in [name for name in sys.modules if name.startswith("bitsandbytes.")]:
+            del sys.modules[name]  # mmengine may have tried before, and left it half imported
 
 
 def let_settings_follow_cfg_options() -> None:

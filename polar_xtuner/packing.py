@@ -1,12 +1,12 @@
 """Lengths -> plan: which groups make which pack, on which rank, in which optimizer step.
 
 Pure functions on numbers: the same arguments give the same plan on every rank, without a word
-between them. Groups are shuffled, cut into windows, and best-fit packed within each window
-(longest group first, into the fullest pack that still has room), so that packs are full while
-the order stays random across the epoch. Packs are then shuffled and dealt to optimizer steps;
-every step has `ranks * accumulation` of them. Where the number does not divide, packs of several
-groups are split in two until it does; should none be left to split, the shortest groups go through
-once more, with no weight.
+between them. Groups are shuffled, cut into windows, and best-fit packed within each window: one
+after the other, into the fullest pack that still has room. (Longest first, packs would hold few
+long groups or many short ones, and what a pair weighs would follow its length.) Packs are then
+shuffled and dealt to optimizer steps; every step has `ranks * accumulation` of them. Where the
+number does not divide, packs of several groups are split in two until it does; should none be left
+to split, the shortest groups go through once more, with no weight.
 
 Each pair of an optimizer step weighs 1/N, N the pairs of the whole step over all its packs. The
 engines average over ranks and accumulation slots, so a pack carries the weight
@@ -34,7 +34,7 @@ class Pack:
 
 
 def best_fit(lengths: NDArray[np.int64], cap: int) -> list[list[int]]:
-    """Indices of `lengths` in packs of at most `cap` tokens, by best-fit decreasing.
+    """Indices of `lengths` in packs of at most `cap` tokens, by best fit in the given order.
 
     Raises:
         ValueError: a length is above the cap.
@@ -43,8 +43,7 @@ def best_fit(lengths: NDArray[np.int64], cap: int) -> list[list[int]]:
         raise ValueError(f"a group of {lengths.max()} tokens cannot fit a pack of {cap}")
     packs: list[list[int]] = []
     open_packs: list[tuple[int, int]] = []  # (room left, pack), ascending
-    for index in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[index])
+    for index, length in enumerate(lengths.tolist()):
         at = bisect_left(open_packs, (length, -1))
         if at == len(open_packs):
             room, pack = cap, len(packs)

@@ -11,6 +11,7 @@ from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks 
 
 import logging
 import weakref
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
             return state
         trained = get_peft_model_state_dict(self.llm, state_dict=state)
         trained.update({name: state[name] for name in state if name.endswith("v_head.weight")})
-        return trained
+        return OrderedDict(trained)  # mmengine sets an attribute on it
 
     def to_hf(
         self, cfg: Any, save_dir: str, fp32: bool = False, **options: Any

@@ -348,3 +348,31 @@ def test_gsm8k_with_the_true_tokenizer_trains_with_a_falling_loss_and_converts(
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     assert exported["model.tok_embeddings.weight"].dtype == torch.float32
     assert len(exported) == len(weights(last(tmp_path / "w")))
+
+
+def test_lora_trains_adapters_and_head_and_converts_to_a_merged_model(
+    tiny: Path, tmp_path: Path
+) -> None:
+    lora = ["model.lora.type=peft.LoraConfig", "model.lora.r=4", "model.lora.lora_alpha=8"]
+    result = run(
+        *("xtuner", "train", TINY, "--work-dir", tmp_path / "w"), *settings(tiny, lr="1e-2"), *lora
+    )
+    assert (tmp_path / "w" / "last_checkpoint").exists(), result.stdout
+    trained = weights(last(tmp_path / "w"))
+    assert all("lora_" in name or name == "v_head.weight" for name in trained)
+    result = run(
+        *("xtuner", "convert", "pth_to_hf", TINY, last(tmp_path / "w"), tmp_path / "hf"),
+        *("--cfg-options", f"pretrained_model_name_or_path={tiny / 'base'}", *lora),
+    )
+    assert (tmp_path / "hf" / "model.safetensors").exists(), result.stdout
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    base = torch.load(tiny / "base" / "pytorch_model.bin")
+    assert exported.keys() == base.keys()
+    name = "model.layers.0.feed_forward.w1.weight"
+    a, b = (
+        trained[f"llm.base_model.model.layers.0.feed_forward.w1.lora_{side}.default.weight"]
+        for side in "AB"
+    )
+    assert b.abs().max() > 0
+    assert torch.allclose(exported[name], base[name] + 2 * b @ a, atol=1e-6)
+    assert torch.equal(exported["v_head.weight"], trained["v_head.weight"])

@@ -426,6 +426,39 @@ def test_answers_that_a_normaliser_lengthens_are_cut_as_well(
     assert len(halves(ids, template)[1]) == 1 + 1 + 99
 
 
+def test_parts_that_take_more_ids_joined_than_alone_still_fit() -> None:
+    """Where nothing else is cut than the output, P sep R is one text, unless that is too long.
+
+    "cdefghijklmnopqr" alone is one token; after a "b" its letters pair up the other way.
+    """
+    letters = "bcdefghijklmnopqr"
+    pairs = [a + b for a, b in itertools.pairwise(letters)]
+    tokens = [*letters, *"0123456789", *pairs]
+    merges = [(pair[0], pair[1]) for pair in pairs]
+    level = pairs[1::2]  # cd, ef, ...
+    while len(level) > 1:
+        merges += zip(level[::2], level[1::2])
+        level = [a + b for a, b in zip(level[::2], level[1::2])]
+        tokens += level
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.add_special_tokens([*SPECIAL])
+
+    def encode(text: str) -> Ids:
+        return tokenizer.encode(text).ids
+
+    reference = letters[1:]
+    assert len(encode(reference)) == 1 and len(encode("b" + reference)) == 9
+    candidate = Candidate("b", reference, "7" * 30, "pretrain")
+    for max_length, half in (
+        (15, encode("b") + encode(reference)),
+        (16, encode("b" + reference)),
+    ):
+        template = PolarTemplate(tokenizer, max_length, 4)
+        (ids,) = template.encode([candidate])
+        assert is_one_scored_sequence(ids, template)
+        assert halves(ids, template) == (half, encode("b") + encode("7" * 3))
+
+
 # Content is data.
 
 
@@ -465,6 +498,17 @@ def test_a_megabyte_of_one_letter_is_encoded_like_any_text(
     assert is_one_scored_sequence(ids, any_template)
     (short,) = any_template.encode([Candidate("1", "2", text[:10_000])])
     assert ids[:1000] == short[:1000]
+
+
+def test_other_special_tokens_are_text_in_the_content_too(demo: Any, shared_data: Path) -> None:
+    word = "<|im_start|>"
+    for tokenizer in (demo.build_tokenizer(), build_slow_tokenizer(shared_data)):
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [word]}, replace_additional_special_tokens=False
+        )
+        (added,) = tokenizer.encode(word, add_special_tokens=False)
+        (ids,) = PolarTemplate(tokenizer).encode([Candidate(word, f" {word}", word)])
+        assert added not in ids
 
 
 @pytest.fixture(scope="session")
