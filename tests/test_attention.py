@@ -288,3 +288,14 @@ def test_a_wrong_kernel_does_not_matter_where_sdpa_is_asked_for(
 ):
     install_flash_attn("NaN")
     assert choose_backend("sdpa", CPU, torch.bfloat16, 4, 2, 8) is sdpa_attention
+
+
+def test_the_check_is_as_strict_within_the_autocast_of_a_training_step():
+    def slightly_wrong(q, k, v, layout):
+        return sdpa_attention(q, k, v, layout) * 1.001
+
+    args = (torch.device("cpu"), torch.float32, 4, 2, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert check_backend(sdpa_attention, *args) < 1e-4
+        with pytest.raises(RuntimeError, match="slightly_wrong is wrong"):
+            check_backend(slightly_wrong, *args)

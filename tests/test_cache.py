@@ -316,7 +316,7 @@ def test_a_cache_dir_that_is_a_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError) as error:
         open_or_build(tmp_path / "cache", "key", Counted())
     assert str(tmp_path / "cache") in str(error.value)
-    assert "cache_dir" in str(error.value)
+    assert "set cache_dir to" in str(error.value)
 
 
 def test_a_cache_dir_without_write_permission_is_named(
