@@ -580,6 +580,16 @@ def test_the_train_split_of_a_dataset_dict_is_taken(build: Callable[..., PolarDa
         build(dataset=DatasetDict({"test": test}))
 
 
+def test_a_map_function_maps_the_rows_of_a_hugging_face_dataset(
+    build: Callable[..., PolarDataset], mapping: Callable[..., Any]
+) -> None:
+    dataset = build(
+        dataset=HFDataset.from_list(QUESTIONS), dataset_map_fn=mapping("Q: ").from_question
+    )
+    plain = build([{**r, "prompt": "Q: 6 x 7?"} for r in ROWS])
+    assert all_sequences(dataset) == all_sequences(plain)
+
+
 def test_the_content_of_a_hugging_face_dataset_changes_the_key(
     build: Callable[..., PolarDataset], encoded: list[int]
 ) -> None:

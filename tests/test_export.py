@@ -192,6 +192,12 @@ def test_an_export_over_another_leaves_no_weights_that_would_be_loaded_in_its_pl
     convert(cfg, second, tmp_path)
     loaded = InternLM2ForRewardModel.from_pretrained(tmp_path)
     assert torch.equal(loaded.v_head.weight, second["v_head.weight"])
+    sharded = tmp_path / "sharded"
+    convert(cfg, first, sharded, max_shard_size="40KB")
+    for file in sharded.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"another export: model\.safetensors\.index\.json\."):
+        convert(cfg, second, sharded)
 
 
 # ---- Scores

@@ -296,6 +296,29 @@ def test_attention_gets_all_its_inputs_in_the_dtype_it_was_checked_in(monkeypatc
     assert set(seen) == {(torch.bfloat16,) * 4}
 
 
+class AnswersInItsInputsDtype(torch.nn.Linear):
+    """As bitsandbytes' layers do, under autocast too."""
+
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
+
+
+def test_attention_gets_one_dtype_from_quantised_layers_too(monkeypatch):
+    seen = []
+
+    def spy(q, k, v, layout):
+        seen.append((q.dtype, k.dtype, v.dtype))
+        return sdpa_attention(q, k, v, layout)
+
+    monkeypatch.setattr(modeling_internlm2, "choose_backend", lambda *_: spy)
+    model, data = random_model(dtype=torch.float32), pack_of([[1, 2, 3, 59], [1, 2, 4, 59]])
+    for layer in model.model.layers:
+        layer.attention.wqkv.__class__ = AnswersInItsInputsDtype
+    with torch.autocast("cpu", torch.bfloat16):
+        score(model, data)
+    assert set(seen) == {(torch.bfloat16,) * 3}
+
+
 def test_half_precision_weights_leave_the_rotary_angles_alone():
     config = InternLM2Config(**SHAPE)
     positions = torch.arange(5000)
