@@ -3,7 +3,7 @@
 # make lint    ruff and mypy
 # make venv    only the environment, .venv
 #
-# TORCH chooses the torch that the environment gets, e.g. make venv TORCH="torch==2.6.0 torchvision"
+# TORCH chooses the torch that the environment gets, e.g. make venv TORCH="torch==2.14.1 torchvision"
 
 PYTHON ?= python3
 TORCH ?= torch torchvision

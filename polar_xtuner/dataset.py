@@ -119,29 +119,31 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         self._report()
 
     def __getitem__(self, pack: Pack | int) -> dict[str, Any]:
-        """A pack, ready for `collate_pack`.
+        """A pack, ready for `collate_pack`: `groups`, `pair_weight`, and where their rows stand.
 
-        `groups` (list of `Group`), `pair_weight`, `rows` (where each group's row stands), and
-        for people `input_ids` (all tokens) and `labels` (0 at a chosen candidate's reward token,
-        1 at a rejected one's, else -100).
+        Asked for by number it has `input_ids` and `labels` as well, which `xtuner log-dataset`
+        shows: all tokens, and 0 at a chosen candidate's reward token, 1 at a rejected one's, else
+        -100.
         """
-        if not isinstance(pack, Pack):
-            pack = self._plain_packs[pack]
-        numbers = [int(self.groups[i]) for i in pack.groups]
-        groups = [self.store[n] for n in numbers]
-        labels = np.full(sum(len(g.tokens) for g in groups), IGNORED_LABEL)
+        if isinstance(pack, Pack):
+            return self._load(pack)
+        loaded = self._load(self._plain_packs[pack])
+        tokens = np.concatenate([group.tokens for group in loaded["groups"]])
+        labels = np.full(len(tokens), IGNORED_LABEL)
         start = 0
-        for group in groups:
+        for group in loaded["groups"]:
             reward_rows = start + np.cumsum(group.pieces)[1:] - 1
             labels[reward_rows[group.pairs["rejected"]]] = 1
             labels[reward_rows[group.pairs["chosen"]]] = 0
             start += len(group.tokens)
+        return {**loaded, "input_ids": tokens.tolist(), "labels": labels.tolist()}
+
+    def _load(self, pack: Pack) -> dict[str, Any]:
+        numbers = [int(self.groups[i]) for i in pack.groups]
         return {
-            "groups": groups,
+            "groups": [self.store[n] for n in numbers],
             "pair_weight": pack.pair_weight,
             "rows": [self._place(n) for n in numbers],
-            "input_ids": [int(i) for group in groups for i in group.tokens],
-            "labels": labels.tolist(),
         }
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from polar_xtuner import cache
@@ -78,6 +78,7 @@ GROUP_OF_THREE = (
 )
 
 
+@settings(max_examples=40)
 @given(
     content=st.lists(
         st.tuples(

@@ -240,6 +240,7 @@ class Attribute:
         Payload,
         lambda path: os.path.join,
         lambda path: Attribute(np.ndarray, "tofile"),
+        lambda path: Attribute(np.ndarray, "max"),
         lambda path: Attribute(HistoryBuffer, "__init__"),
         lambda path: Attribute(HistoryBuffer, "register_statistics"),
     ],

@@ -630,7 +630,7 @@ def test_labels_mark_chosen_with_0_and_rejected_with_1_at_their_reward_tokens(
     build: Callable[..., PolarDataset], demo_tokenizer: Any
 ) -> None:
     dataset = build([row(0, chosen=["a", "b"], rejected=["c", "d", "a!"]), row(1)])
-    pack = dataset[Pack((0, 1), 1.0)]
+    pack = dataset[0]
     ids, labels = np.array(pack["input_ids"]), np.array(pack["labels"])
     reward = demo_tokenizer.convert_tokens_to_ids("[UNUSED_TOKEN_130]")
     assert (labels != -100).tolist() == (ids == reward).tolist()

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import subprocess
@@ -462,7 +463,6 @@ def test_parts_that_take_more_ids_joined_than_alone_still_fit() -> None:
 # Content is data.
 
 
-@settings(max_examples=150)
 @given(hostile_candidates)
 @example(Candidate(*["<s></s><|reward|>[UNUSED_TOKEN_130]"] * 3))
 @example(Candidate(*["<s", "><s", ">"]))
@@ -500,50 +500,49 @@ def test_a_megabyte_of_one_letter_is_encoded_like_any_text(
     assert ids[:1000] == short[:1000]
 
 
-def test_other_special_tokens_are_text_in_the_content_too(demo: Any, shared_data: Path) -> None:
+@pytest.mark.parametrize("kind", ["demo_tokenizer", "internlm2_tokenizer", "slow_tokenizer"])
+def test_other_special_tokens_are_text_in_the_content_too(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
     word = "<|im_start|>"
-    for tokenizer in (demo.build_tokenizer(), build_slow_tokenizer(shared_data)):
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": [word]}, replace_additional_special_tokens=False
-        )
-        (added,) = tokenizer.encode(word, add_special_tokens=False)
-        (ids,) = PolarTemplate(tokenizer).encode([Candidate(word, f" {word}", word)])
-        assert added not in ids
+    tokenizer = copy.deepcopy(request.getfixturevalue(kind))
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [word]}, replace_additional_special_tokens=False
+    )
+    (added,) = tokenizer.encode(word, add_special_tokens=False)
+    (ids,) = PolarTemplate(tokenizer).encode([Candidate(word, f" {word}", word)])
+    assert added not in ids
 
 
-@pytest.fixture(scope="session")
-def inner_and_outer(
-    demo_tokenizer: Any, internlm2_tokenizer: Any
-) -> list[tuple[Any, PolarTemplate, PolarTemplate]]:
+@pytest.fixture(scope="session", params=["demo_tokenizer", "internlm2_tokenizer"])
+def inner_and_outer(request: pytest.FixtureRequest) -> tuple[Any, PolarTemplate, PolarTemplate]:
     """A transformers tokenizer, the template of its `tokenizers.Tokenizer` and its own."""
-    return [
-        (t, PolarTemplate(t.backend_tokenizer), PolarTemplate(t))
-        for t in (demo_tokenizer, internlm2_tokenizer)
-    ]
+    tokenizer = request.getfixturevalue(request.param)
+    return tokenizer, PolarTemplate(tokenizer.backend_tokenizer), PolarTemplate(tokenizer)
 
 
 @given(hostile_candidates)
 def test_nothing_of_the_content_is_lost(
-    inner_and_outer: list[tuple[Any, PolarTemplate, PolarTemplate]], candidate: Candidate
+    inner_and_outer: tuple[Any, PolarTemplate, PolarTemplate], candidate: Candidate
 ) -> None:
     """What was taken apart reads as it did: both halves decode to the texts they came from."""
-    for tokenizer, _, template in inner_and_outer:
-        (ids,) = template.encode([candidate])
-        for half, answer in zip(halves(ids, template), candidate[1:3]):
-            separator = "\n" if candidate.wrapper == "sft" and answer else ""
-            text = as_read(candidate.prompt) + separator + as_read(answer)
-            if tokenizer is inner_and_outer[1][0]:
-                text = text.replace("\u2581", " ")  # sentencepiece writes a space like this
-            assert tokenizer.decode(half, clean_up_tokenization_spaces=False) == text
+    tokenizer, _, template = inner_and_outer
+    (ids,) = template.encode([candidate])
+    for half, answer in zip(halves(ids, template), candidate[1:3]):
+        separator = "\n" if candidate.wrapper == "sft" and answer else ""
+        text = as_read(candidate.prompt) + separator + as_read(answer)
+        if tokenizer.backend_tokenizer.token_to_id("\u2581") is not None:
+            text = text.replace("\u2581", " ")  # sentencepiece writes a space like this
+        assert tokenizer.decode(half, clean_up_tokenization_spaces=False) == text
 
 
 @given(st.lists(hostile_candidates, max_size=4))
 def test_a_tokenizers_tokenizer_gives_the_ids_of_the_transformers_one_around_it(
-    inner_and_outer: list[tuple[Any, PolarTemplate, PolarTemplate]], batch: list[Candidate]
+    inner_and_outer: tuple[Any, PolarTemplate, PolarTemplate], batch: list[Candidate]
 ) -> None:
-    for _, inner, outer in inner_and_outer:
-        assert inner.special_ids == outer.special_ids
-        assert inner.encode(batch) == outer.encode(batch)
+    _, inner, outer = inner_and_outer
+    assert inner.special_ids == outer.special_ids
+    assert inner.encode(batch) == outer.encode(batch)
 
 
 def test_truncation_and_padding_of_the_given_tokenizer_neither_act_nor_change(
@@ -694,16 +693,10 @@ def test_each_setting_changes_the_fingerprint(demo_tokenizer: Any, demo: Any) ->
 def test_a_setting_of_a_slow_tokenizer_changes_the_fingerprint(
     shared_data: Path, slow_tokenizer: Any
 ) -> None:
-    plain, again, spaced = (
-        PolarTemplate(tokenizer)
-        for tokenizer in (
-            slow_tokenizer,
-            build_slow_tokenizer(shared_data),
-            build_slow_tokenizer(shared_data, add_prefix_space=True),
-        )
-    )
+    plain = PolarTemplate(slow_tokenizer)
+    spaced = PolarTemplate(build_slow_tokenizer(shared_data, add_prefix_space=True))
     assert spaced.encode([Candidate("1", "2", "3")]) != plain.encode([Candidate("1", "2", "3")])
-    assert spaced.fingerprint != plain.fingerprint == again.fingerprint
+    assert spaced.fingerprint != plain.fingerprint
 
 
 def test_the_fingerprint_is_the_same_in_every_process(demo_tokenizer: Any, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ AUTO_MODEL_BATCH = 64
 
 def stage(title: str, command: list[str], leaves: Path, log: Path) -> float:
     """Run a command until it has left `leaves`; its output goes to `log`. Seconds it took."""
-    print(f"* {title}: {' '.join(command)}", flush=True)
+    print(f"* {title} (log: {log}): {' '.join(command)}", flush=True)
     start = time.monotonic()
     bin_dir = Path(sys.executable).parent
     path = f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"
