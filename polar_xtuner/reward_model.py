@@ -103,7 +103,13 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
         self.llm = get_peft_model(self.llm, lora)
         self.v_head.float()
         if peft_model is not None:
-            load_checkpoint(self, peft_model)
+            state = load_checkpoint(self, peft_model)
+            lacking = sorted(set(self.state_dict()) - set(state.get("state_dict", state)))
+            if lacking:
+                raise ValueError(
+                    f"{peft_model} lacks {len(lacking)} of the adapters' tensors: "
+                    f"{', '.join(lacking[:8])}{', ...' if len(lacking) > 8 else ''}"
+                )
 
     def forward(
         self, data: dict[str, Any], data_samples: Any = None, mode: str = "tensor"
@@ -130,19 +136,12 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
         loss = self.loss(rewards_C, chosen_P, rejected_P, weights_P, margins_P)
         self.pack_loss = loss.detach()
         r_c, r_r = rewards_C.detach()[chosen_P], rewards_C.detach()[rejected_P]
-        sums = torch.stack(
-            [
-                self.pack_loss / get_world_size(),
-                (r_c > r_r).sum().to(r_c),
-                (r_c - r_r).sum(),
-                r_c.sum(),
-                r_r.sum(),
-                torch.full_like(self.pack_loss, len(r_c)),
-            ]
-        )
+        counted = (weights_P > 0).to(r_c)  # a pack that only fills a step has no weight
+        per_pair = torch.stack([(r_c > r_r).to(r_c), r_c - r_r, r_c, r_r, torch.ones_like(r_c)])
+        sums = torch.cat([self.pack_loss[None] / get_world_size(), per_pair @ counted])
         all_reduce(sums)
         mean_loss, *totals, pairs = sums.unbind()
-        accuracy, margin, chosen, rejected = (total / pairs for total in totals)
+        accuracy, margin, chosen, rejected = (total / pairs.clamp(min=1) for total in totals)
         return {
             # The gradient of this rank's loss, the value of all ranks' mean.
             "loss": loss + (mean_loss - self.pack_loss),

@@ -634,7 +634,10 @@ def test_labels_mark_chosen_with_0_and_rejected_with_1_at_their_reward_tokens(
     ids, labels = np.array(pack["input_ids"]), np.array(pack["labels"])
     reward = demo_tokenizer.convert_tokens_to_ids("[UNUSED_TOKEN_130]")
     assert (labels != -100).tolist() == (ids == reward).tolist()
-    assert labels[labels != -100].tolist() == [0, 0, 1, 1, 1, 0, 1]
+    of_row = {"1": [0, 0, 1, 1, 1], "2": [0, 1]}
+    expected = [label for place in pack["rows"] for label in of_row[place.rpartition(":")[2]]]
+    assert len(expected) == 7
+    assert labels[labels != -100].tolist() == expected
 
 
 def test_as_a_sequence_a_dataset_is_the_packs_of_an_epoch(

@@ -322,3 +322,17 @@ def test_lora_takes_the_layers_it_is_told():
     model = PolarRewardModel(random_llm(), lora=lora(target_modules=["wqkv"]))
     assert all("wqkv" in n for n in trained_names(model) - {"v_head.weight"})
     assert len(trained_names(model)) == 1 + 2 * 2
+
+
+def test_adapters_that_lack_a_tensor_are_refused_by_name(tmp_path):
+    state = with_lora().state_dict()
+    name = next(n for n in state if "lora_B" in n)
+    del state[name]
+    torch.save({"state_dict": state}, tmp_path / "adapters.pth")
+    with pytest.raises(ValueError, match=f"lacks 1 of the adapters' tensors: {name}"):
+        PolarRewardModel(random_llm(), lora=lora(), peft_model=str(tmp_path / "adapters.pth"))
+
+
+def test_a_pack_that_only_fills_a_step_counts_no_pair():
+    filling = PolarRewardModel(random_llm())(pack(pair_weight=0.0), mode="loss")
+    assert filling["loss"] == filling["pairs"] == filling["accuracy"] == 0
