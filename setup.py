@@ -35,6 +35,6 @@ setup(
     extras_require={
         "train": TRAIN,
         "flash": ["flash-attn>=2.1"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
     },
 )
