@@ -30,6 +30,9 @@ from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
+STORE_VERSION = 1
+"""Part of every cache key: raise it whenever the arrays of a store change their meaning."""
+
 PAIR = np.dtype([("chosen", "i4"), ("rejected", "i4"), ("margin", "f8")])
 """A pair of a group: its two candidates, numbered within the group, and the row's margin."""
 
@@ -170,8 +173,8 @@ def open_or_build(
                 _build(folder, build)
     except OSError as error:
         raise OSError(
-            f"cannot write the token cache in {cache_dir}: {error}. Free some space there, or set "
-            "cache_dir to a folder that can be written"
+            f"cannot build the token cache in {cache_dir}: {error}. If it is the cache that cannot "
+            "be written, free some space there, or set cache_dir to another folder"
         ) from error
     return TokenStore(folder)
 

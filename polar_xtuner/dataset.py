@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from xtuner.registry import BUILDER, MAP_FUNC
 
-from polar_xtuner.cache import StoreWriter, TokenStore, open_or_build
+from polar_xtuner.cache import STORE_VERSION, StoreWriter, TokenStore, open_or_build
 from polar_xtuner.packing import Pack, plan_epoch
 from polar_xtuner.records import BadRow, Row, RowCheck, RowError, find_files, map_rows, read_rows
 from polar_xtuner.template import Candidate, PolarTemplate
@@ -100,7 +100,7 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         self._names = source.names
 
         key = hashlib.sha256()
-        for part in (source.fingerprint(), template.fingerprint, on_bad_row):
+        for part in (source.fingerprint(), template.fingerprint, on_bad_row, str(STORE_VERSION)):
             key.update(part.encode())
         self.store: TokenStore = open_or_build(
             Path(cache_dir) if cache_dir else _default_cache_dir(),
