@@ -26,6 +26,7 @@ import polar_xtuner.engine  # noqa: F401
 from mmengine.config import Config  # isort: skip
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+BASES = [path for path in CONFIGS if "_base_" not in path.read_text()]
 REGISTRIES = (
     *(BUILDER, MODELS, MODEL_WRAPPERS, DATA_SAMPLERS, FUNCTIONS, LOOPS, HOOKS, PARAM_SCHEDULERS),
     *(OPTIMIZERS, OPTIM_WRAPPERS, VISBACKENDS, VISUALIZERS),
@@ -92,12 +93,9 @@ def test_a_nested_option_wins_over_the_setting_it_was_computed_from() -> None:
     assert config.optim_wrapper.optimizer.lr == 2.0
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", BASES, ids=lambda p: p.stem)
 def test_every_setting_of_a_config_carries_its_line_of_explanation(path: Path) -> None:
-    if "_base_" in path.read_text():
-        pytest.skip("what it repeats is explained in its base")
     settings = path.read_text().split("PART 1")[1].split("PART 2")[0]
     assignments = [line for line in settings.splitlines() if " = " in line]
-    unexplained = [line for line in assignments if "#" not in line]
     assert len(assignments) > 25
-    assert not unexplained
+    assert all("#" in line for line in assignments)
