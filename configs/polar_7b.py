@@ -1,4 +1,4 @@
-# Fine-tune POLAR-7B on preference rows: all weights, with the published recipe (arXiv 2507.05197).
+# Fine-tune POLAR-7B on preference rows: all weights, published hyperparameters (arXiv 2507.05197).
 #
 #     NPROC_PER_NODE=8 xtuner train configs/polar_7b.py --deepspeed deepspeed_zero2 \
 #         --cfg-options data_files=/data/train.jsonl

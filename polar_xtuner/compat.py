@@ -64,7 +64,7 @@ def allow_checkpoint_globals() -> None:
 
     core = numpy._core if hasattr(numpy, "_core") else numpy.core
     allowed = [HistoryBuffer, core.multiarray._reconstruct, core.multiarray.scalar]
-    allowed += [numpy.ndarray, numpy.dtype]
+    allowed += [numpy.ndarray, numpy.dtype, ConfigDict]  # DeepSpeed keeps its config
     allowed += [type(numpy.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "b1")]
     torch.serialization.add_safe_globals([*allowed, (statistic, "builtins.getattr")])
 

@@ -15,13 +15,14 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from datasets import Dataset as HFDataset
 from mmengine.registry import DATASETS
 from mmengine.utils import get_object_from_string
 from torch.utils.data import Dataset
@@ -35,8 +36,8 @@ from polar_xtuner.template import Candidate, PolarTemplate
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 2048
-"""Rows whose texts are encoded in one call."""
+CHUNK_CANDIDATES, CHUNK_CHARACTERS = 4096, 1 << 23
+"""Most candidates and characters that are encoded in one call (or one row, if that has more)."""
 
 IGNORED_LABEL = -100
 
@@ -196,9 +197,7 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         tokens = int(self.lengths.sum())
         alone = int(self.store.sequence_lengths()[self.groups].sum())
         logger.info(
-            "%d rows in %d groups, %d pairs; %d tokens (%d if no prefix were shared); "
-            "%d bad rows skipped",
-            len(self.groups),
+            "%d rows, %d pairs; %d tokens (%d if no prefix were shared); %d bad rows skipped",
             len(self.groups),
             int(self.pair_counts.sum()),
             tokens,
@@ -231,13 +230,18 @@ class _HFRows:
     def __init__(self, dataset: Any, map_fn: Callable[..., Any] | None) -> None:
         self._dataset = _built(dataset)
         self._map_fn = map_fn
-        if isinstance(self._dataset, Mapping):
+        if isinstance(self._dataset, Mapping):  # a DatasetDict
             if "train" not in self._dataset:
                 raise ValueError(
                     f"the dataset has splits {sorted(self._dataset)} and no 'train': choose one "
                     "with split= in its config"
                 )
             self._dataset = self._dataset["train"]
+        if not isinstance(self._dataset, HFDataset):
+            raise ValueError(
+                "dataset= must give a datasets.Dataset (not a streaming one) or a DatasetDict, got "
+                f"{type(self._dataset).__name__}: for files use data_files="
+            )
         self.names = [self._dataset.info.builder_name or "dataset"]
 
     def fingerprint(self) -> str:
@@ -252,7 +256,7 @@ Tokenised = tuple[Row, list[list[int]], list[tuple[int, int, float]]]
 
 def _tokenised(rows: Iterator[Row], template: PolarTemplate) -> Iterator[Tokenised | BadRow]:
     """Each row with its distinct sequences and its pairs (chosen, rejected, margin)."""
-    while chunk := list(islice(rows, CHUNK)):
+    for chunk in _chunks(rows):
         ids = iter(
             template.encode(
                 [
@@ -274,6 +278,21 @@ def _tokenised(rows: Iterator[Row], template: PolarTemplate) -> Iterator[Tokenis
                 continue
             pairs = [(c, r, row.margin) for c, r in product(chosen, rejected)]
             yield row, [list(n) for n in numbers], pairs
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    candidates = characters = 0
+    for row in rows:
+        texts = (*row.chosen, *row.rejected)
+        chunk.append(row)
+        candidates += len(texts)
+        characters += sum(map(len, texts)) + len(texts) * (len(row.prompt) + len(row.reference))
+        if candidates >= CHUNK_CANDIDATES or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, candidates, characters = [], 0, 0
+    if chunk:
+        yield chunk
 
 
 def _built(value: Any) -> Any:

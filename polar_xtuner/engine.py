@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import get_rank, get_world_size
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
@@ -147,6 +148,22 @@ class NonFiniteError(RuntimeError):
     """Loss or gradient became NaN or infinite."""
 
 
+class CompleteCheckpointHook(Hook):  # type: ignore[misc]
+    """Refuses to train on from a checkpoint that lacks tensors; mmengine only logs it."""
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError with the names of the trained tensors that `checkpoint` lacks."""
+        if _deepspeed_config(runner) is not None:
+            return  # DeepSpeed loads its own files, strictly
+        state = checkpoint.get("state_dict", checkpoint)
+        lacking = sorted(set(_unwrapped(runner.model).state_dict()) - set(state))
+        if lacking:
+            raise ValueError(
+                f"the checkpoint to load lacks {len(lacking)} tensors of this model: "
+                f"{', '.join(lacking[:8])}{', ...' if len(lacking) > 8 else ''}"
+            )
+
+
 @LOOPS.register_module()
 class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
     """Train for epochs or iterations over the plan of a `PackSampler`.
@@ -195,6 +212,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         iterations = max_iters or sampler.iterations(int(max_epochs or 0))
         super().__init__(runner, dataloader, iterations, val_begin, val_interval)
         del self.dataloader_iterator  # `run` starts one where training starts
+        runner.register_hook(CompleteCheckpointHook())
         self._rows: list[str] = []
 
     def run(self) -> Any:
@@ -218,16 +236,19 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         if self._iter % self.dataloader.sampler.accumulative_counts == 0:
             self._rows = []
         self._rows += data_batch["data_samples"]["rows"]
+        runner, place = self.runner, {"batch_idx": self._iter, "data_batch": data_batch}
+        runner.call_hook("before_train_iter", **place)
         try:
-            super().run_iter(data_batch)
+            outputs = runner.model.train_step(data_batch, optim_wrapper=runner.optim_wrapper)
         except RuntimeError as error:
             if "non-finite" in str(error):  # torch's clip_grad_norm_(error_if_nonfinite=True)
                 raise self._non_finite("gradient") from error
             raise
-        # mmengine's hooks have read the loss already: this waits for nothing new.
-        loss = self.runner.message_hub.get_scalar("train/loss").current()
-        if not math.isfinite(loss):
+        loss = float(outputs["loss"])  # mmengine's hooks read it in any case
+        if not math.isfinite(loss):  # before a hook can save a checkpoint
             raise self._non_finite(f"loss ({loss})")
+        runner.call_hook("after_train_iter", outputs=outputs, **place)
+        self._iter += 1
 
     def _non_finite(self, what: str) -> NonFiniteError:
         own = _unwrapped(self.runner.model).pack_loss
@@ -255,9 +276,9 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
                 "model (max_position_embeddings): lower max_length"
             )
         wrapper = self.runner.optim_wrapper
-        strategy = getattr(self.runner, "strategy", None)  # DeepSpeed accumulates by itself
-        if strategy is not None and hasattr(strategy, "config"):
-            counts = strategy.config["gradient_accumulation_steps"]
+        deepspeed = _deepspeed_config(self.runner)
+        if deepspeed is not None:
+            counts = deepspeed["gradient_accumulation_steps"]
         else:
             counts = wrapper._accumulative_counts
         planned = self.dataloader.sampler.accumulative_counts
@@ -267,12 +288,28 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
                 "optim_wrapper.accumulative_counts and train_dataloader.sampler."
                 "accumulative_counts to the same number"
             )
+        saves = [h.interval for h in self.runner.hooks if isinstance(h, CheckpointHook)]
+        if any(interval > 0 and interval % planned for interval in saves):
+            raise ValueError(
+                f"checkpoints every {saves} iterations would split an optimizer step of {planned}: "
+                "set default_hooks.checkpoint.interval to a multiple of accumulative_counts"
+            )
+        if self._iter % planned:
+            raise ValueError(
+                f"the checkpoint stands at iteration {self._iter}, within an optimizer step of "
+                f"{planned}: resume from one at a multiple of accumulative_counts"
+            )
         half = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32}
         if isinstance(wrapper, AmpOptimWrapper) and half - {torch.float64}:
             raise ValueError(
                 f"trained weights are {half.pop()} without a float32 copy, which loses small "
                 "updates: set model.llm.torch_dtype to float32, or train with --deepspeed"
             )
+
+
+def _deepspeed_config(runner: Any) -> dict[str, Any] | None:
+    """What DeepSpeed runs with, None where it does not: then the runner has no such strategy."""
+    return getattr(getattr(runner, "strategy", None), "config", None)
 
 
 def _unwrapped(model: Any) -> Any:

@@ -111,6 +111,9 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
                     f"{', '.join(lacking[:8])}{', ...' if len(lacking) > 8 else ''}"
                 )
 
+    def init_weights(self) -> None:
+        """Nothing: mmengine's runner asks for it, and would draw loaded adapters anew."""
+
     def forward(
         self, data: dict[str, Any], data_samples: Any = None, mode: str = "tensor"
     ) -> Tensor | dict[str, Tensor]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -19,6 +22,9 @@ from polar_xtuner.collate import PackLayout, collate_pack
 from polar_xtuner.modeling_internlm2 import InternLM2ForRewardModel
 from polar_xtuner.packing import best_fit
 from polar_xtuner.template import Candidate, PolarTemplate, check_vocabulary
+
+CHUNK = 4096
+"""Candidates that are tokenised and packed together; equal ones among them are computed once."""
 
 
 class PolarScorer:
@@ -58,7 +64,7 @@ class PolarScorer:
         longest = self.model.config.max_position_embeddings
         max_length = max_length or min(16384, longest)
         self.template = PolarTemplate(
-            AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code),
+            _load_tokenizer(path, trust_remote_code),
             max_length,
             max_response_length or min(4096, (max_length - 3) // 2),
         )
@@ -66,7 +72,27 @@ class PolarScorer:
         self.cap = max(max_packed_length, max_length)
 
     def score(self, candidates: Sequence[Candidate], progress: bool = False) -> list[float]:
-        """The reward of every candidate, in order; equal ones are computed once."""
+        """The reward of every candidate, in order.
+
+        Raises:
+            ValueError: a reward is not finite.
+        """
+        scores: list[float] = []
+        with tqdm(total=len(candidates), desc="Scoring", disable=not progress) as bar:
+            for start in range(0, len(candidates), CHUNK):
+                chunk = candidates[start : start + CHUNK]
+                scores += self._score(chunk)
+                bar.update(len(chunk))
+        bad = [number for number, score in enumerate(scores) if not math.isfinite(score)]
+        if bad:
+            raise ValueError(
+                f"{len(bad)} of {len(scores)} rewards are not finite, the first that of candidate "
+                f"{bad[0]}: the weights are damaged, or {self.model.dtype} overflows: try bfloat16 "
+                "or float32"
+            )
+        return scores
+
+    def _score(self, candidates: Sequence[Candidate]) -> list[float]:
         sequences = [tuple(ids) for ids in self.template.encode(candidates)]
         prompts: dict[tuple[str, str, str], dict[tuple[int, ...], None]] = {}
         for c, ids in zip(candidates, sequences):
@@ -75,12 +101,9 @@ class PolarScorer:
         layouts = [lay_out(group) for group in groups]
         lengths = np.array([len(tokens) for tokens, _ in layouts])
         rewards: dict[tuple[int, ...], float] = {}
-        with tqdm(total=len(candidates), desc="Scoring", disable=not progress) as bar:
-            for pack in best_fit(lengths, self.cap):
-                scores = iter(self._forward([layouts[i] for i in pack]))
-                for ids in (ids for i in pack for ids in groups[i]):
-                    rewards[ids] = next(scores)
-                    bar.update()
+        for pack in best_fit(lengths, self.cap):
+            scores = iter(self._forward([layouts[i] for i in pack]))
+            rewards.update((ids, next(scores)) for i in pack for ids in groups[i])
         return [rewards[ids] for ids in sequences]
 
     def _fitting(self, members: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
@@ -109,6 +132,14 @@ class PolarScorer:
             data["reward_rows_C"].to(self.device),
         )
         return rewards.tolist()
+
+
+def _load_tokenizer(path: str, trust_remote_code: bool) -> Any:
+    """From `tokenizer.json` where there is one, which needs no code of the checkpoint's."""
+    file = Path(path) / "tokenizer.json"
+    if file.is_file():
+        return Tokenizer.from_file(str(file))
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:

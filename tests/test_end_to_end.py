@@ -195,6 +195,7 @@ def test_bad_rows_stop_the_run_before_anything_is_tokenised(tiny: Path, tmp_path
     [
         ("model.llm.max_position_embeddings=256", "max_length=512 is more than the 256 positions"),
         ("train_dataloader.sampler.accumulative_counts=3", "the sampler plans for 3"),
+        ("accumulative_counts=3", "would split an optimizer step of 3"),
         ("reward_token_id=100000", "the model's vocabulary has"),
         ("attention=flash_attn", "flash-attn needs CUDA"),
         ("max_packed_length=40", "do not fit a pack of max_packed_length=40"),
@@ -203,7 +204,9 @@ def test_bad_rows_stop_the_run_before_anything_is_tokenised(tiny: Path, tmp_path
 def test_a_config_that_cannot_be_right_is_refused_with_the_reason(
     setting: str, message: str, tiny: Path, tmp_path: Path
 ) -> None:
-    result = run("xtuner", "train", TINY, "--work-dir", tmp_path, *settings(tiny), setting)
+    result = run(
+        *("xtuner", "train", TINY, "--work-dir", tmp_path), *settings(tiny, save_steps=10), setting
+    )
     assert message in result.stdout, result.stdout
     assert not (tmp_path / "last_checkpoint").exists()
 
@@ -331,3 +334,77 @@ def test_lora_trains_adapters_and_head_and_converts_to_a_merged_model(
     assert b.abs().max() > 0
     assert torch.allclose(exported[name], base[name] + 2 * b @ a, atol=1e-6)
     assert torch.equal(exported["v_head.weight"], trained["v_head.weight"])
+
+
+def test_a_checkpoint_that_lacks_tensors_is_not_trained_from(
+    tiny: Path, trained: Path, tmp_path: Path
+) -> None:
+    import polar_xtuner.compat  # noqa: F401
+
+    checkpoint = torch.load(last(trained), map_location="cpu")
+    del checkpoint["state_dict"]["llm.layers.1.attention.wo.weight"]
+    torch.save(checkpoint, tmp_path / "lacking.pth")
+    result = run(
+        *("xtuner", "train", TINY, "--work-dir", tmp_path / "w"),
+        *settings(tiny, load_from=tmp_path / "lacking.pth"),
+    )
+    assert "lacks 1 tensors of this model: llm.layers.1.attention.wo.weight" in result.stdout
+    assert not (tmp_path / "w" / "last_checkpoint").exists()
+
+
+def test_deepspeed_in_two_processes_trains_resumes_and_converts(tiny: Path, tmp_path: Path) -> None:
+    deepspeed = tmp_path / "zero2.json"
+    deepspeed.write_text(
+        json.dumps(
+            {
+                "gradient_accumulation_steps": "auto",
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_clipping": "auto",
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_optimization": {"stage": 2},
+            }
+        )
+    )
+    ends = []
+    for name, resume in (("whole", None), ("resumed", tmp_path / "whole" / "iter_10.pth")):
+        result = run(
+            *("xtuner", "train", TINY, "--work-dir", tmp_path / name, "--deepspeed", deepspeed),
+            *(("--resume", resume) if resume else ()),
+            *settings(tiny, save_steps=10, save_total_limit=-1),
+            NPROC_PER_NODE="2",
+        )
+        assert (tmp_path / name / "last_checkpoint").exists(), result.stdout
+        run(
+            *(
+                "xtuner",
+                "convert",
+                "pth_to_hf",
+                TINY,
+                last(tmp_path / name),
+                tmp_path / f"{name}_hf",
+            ),
+            *("--cfg-options", f"pretrained_model_name_or_path={tiny / 'base'}"),
+        )
+        ends.append(load_file(tmp_path / f"{name}_hf" / "model.safetensors"))
+    whole, resumed = ends
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("what", ["no row to score", "rewards are not finite"])
+def test_score_ends_with_a_reason_where_it_has_no_number(
+    what: str, tiny: Path, tmp_path: Path
+) -> None:
+    base, file = tiny / "base", tmp_path / "rows.jsonl"
+    file.touch()
+    if what == "rewards are not finite":
+        base = tmp_path / "base"
+        shutil.copytree(tiny / "base", base)
+        state = torch.load(base / "pytorch_model.bin")
+        state["model.norm.weight"].fill_(float("nan"))
+        torch.save(state, base / "pytorch_model.bin")
+        file = tiny / "heldout.jsonl"
+    result = run(sys.executable, ROOT / "tools" / "score.py", base, file, "--json")
+    assert result.returncode != 0
+    assert what in result.stdout.splitlines()[-1]
+    assert "Traceback" not in result.stdout

@@ -336,3 +336,10 @@ def test_adapters_that_lack_a_tensor_are_refused_by_name(tmp_path):
 def test_a_pack_that_only_fills_a_step_counts_no_pair():
     filling = PolarRewardModel(random_llm())(pack(pair_weight=0.0), mode="loss")
     assert filling["loss"] == filling["pairs"] == filling["accuracy"] == 0
+
+
+def test_the_init_that_mmengine_asks_for_leaves_every_tensor_alone():
+    model = with_lora()
+    before = copy.deepcopy(model.state_dict())
+    model.init_weights()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

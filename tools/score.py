@@ -68,15 +68,17 @@ def main() -> None:
     try:
         check = RowCheck(args.on_bad_row)
         rows = list(check.accept(read_rows(find_files(args.files), scoring=True)))
+        if not rows:
+            raise ValueError(f"no row to score in {', '.join(args.files)}")
         scorer = PolarScorer(
             args.model,
             device=args.device,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             trust_remote_code=args.trust_remote_code,
         )
-    except (ValueError, OSError) as error:
+        result = score_rows(scorer, rows, progress=sys.stderr.isatty() and not args.json)
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"score.py: {error}")
-    result = score_rows(scorer, rows, progress=sys.stderr.isatty() and not args.json)
     if args.json:
         print(json.dumps({**result, "bad_rows": check.bad}))
         return
