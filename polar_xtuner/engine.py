@@ -27,6 +27,7 @@ from xtuner.registry import BUILDER
 
 from polar_xtuner.collate import collate_pack
 from polar_xtuner.dataset import PolarDataset
+from polar_xtuner.modeling_internlm2 import first_names
 from polar_xtuner.packing import Pack, plan_epoch
 from polar_xtuner.reward_model import PolarRewardModel
 from polar_xtuner.template import check_vocabulary
@@ -160,7 +161,7 @@ class CompleteCheckpointHook(Hook):  # type: ignore[misc]
         if lacking:
             raise ValueError(
                 f"the checkpoint to load lacks {len(lacking)} tensors of this model: "
-                f"{', '.join(lacking[:8])}{', ...' if len(lacking) > 8 else ''}"
+                f"{first_names(lacking)}"
             )
 
 
@@ -216,7 +217,9 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         self._rows: list[str] = []
 
     def run(self) -> Any:
-        self._check()
+        self._check_data_against_model()
+        self._check_accumulation()
+        self._check_precision()
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
         self.dataloader.sampler.start_iter = self._iter
@@ -259,7 +262,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
             f"{', '.join(self._rows)}"
         )
 
-    def _check(self) -> None:
+    def _check_data_against_model(self) -> None:
         model = _unwrapped(self.runner.model)
         if not isinstance(model, PolarRewardModel):
             raise ValueError(
@@ -275,12 +278,13 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
                 f"max_length={dataset.max_length} is more than the {longest} positions of the "
                 "model (max_position_embeddings): lower max_length"
             )
-        wrapper = self.runner.optim_wrapper
+
+    def _check_accumulation(self) -> None:
         deepspeed = _deepspeed_config(self.runner)
         if deepspeed is not None:
             counts = deepspeed["gradient_accumulation_steps"]
         else:
-            counts = wrapper._accumulative_counts
+            counts = self.runner.optim_wrapper._accumulative_counts
         planned = self.dataloader.sampler.accumulative_counts
         if counts != planned:
             raise ValueError(
@@ -299,8 +303,11 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
                 f"the checkpoint stands at iteration {self._iter}, within an optimizer step of "
                 f"{planned}: resume from one at a multiple of accumulative_counts"
             )
-        half = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32}
-        if isinstance(wrapper, AmpOptimWrapper) and half - {torch.float64}:
+
+    def _check_precision(self) -> None:
+        dtypes = {p.dtype for p in self.runner.model.parameters() if p.requires_grad}
+        half = dtypes & {torch.float16, torch.bfloat16}
+        if isinstance(self.runner.optim_wrapper, AmpOptimWrapper) and half:
             raise ValueError(
                 f"trained weights are {half.pop()} without a float32 copy, which loses small "
                 "updates: set model.llm.torch_dtype to float32, or train with --deepspeed"

@@ -18,6 +18,8 @@ from huggingface_hub import snapshot_download, split_torch_state_dict_into_shard
 from safetensors.torch import save_file
 from torch import Tensor
 
+from polar_xtuner.modeling_internlm2 import first_names
+
 logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
@@ -43,7 +45,7 @@ def export_hf(
     """
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise ValueError(f"not exported: tensors with NaN or infinity: {', '.join(bad[:8])}")
+        raise ValueError(f"not exported: tensors with NaN or infinity: {first_names(bad)}")
     weights = {n: t.detach().to(dtype or t.dtype).contiguous().cpu() for n, t in tensors.items()}
     plan = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
     new = {*plan.filename_to_tensors, *([INDEX] if plan.is_sharded else [])}

@@ -14,6 +14,7 @@ Shapes: T tokens of the pack, E hidden size, H query heads, G KV heads, D head s
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,11 @@ from polar_xtuner.collate import PackLayout
 logger = logging.getLogger(__name__)
 
 HEAD = "v_head.weight"
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first tensors that an error names."""
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 class InternLM2Config(PretrainedConfig):
@@ -316,7 +322,7 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
         if missing:
             raise ValueError(
                 f"{path} lacks {len(missing)} tensors of an InternLM2 reward model: "
-                f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}"
+                f"{first_names(missing)}"
             )
         if HEAD in info["missing_keys"]:
             logger.warning("%s has no reward head (%s): it starts at zero", path, HEAD)

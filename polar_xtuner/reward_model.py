@@ -29,7 +29,7 @@ from polar_xtuner.attention import BACKENDS
 from polar_xtuner.collate import PackLayout
 from polar_xtuner.export import export_hf
 from polar_xtuner.losses import BradleyTerryLoss
-from polar_xtuner.modeling_internlm2 import InternLM2ForRewardModel
+from polar_xtuner.modeling_internlm2 import InternLM2ForRewardModel, first_names
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
             if lacking:
                 raise ValueError(
                     f"{peft_model} lacks {len(lacking)} of the adapters' tensors: "
-                    f"{', '.join(lacking[:8])}{', ...' if len(lacking) > 8 else ''}"
+                    f"{first_names(lacking)}"
                 )
 
     def init_weights(self) -> None:
@@ -181,7 +181,7 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
         if kept:
             raise ValueError(
                 f"the checkpoint lacks {len(kept)} of the {len(trained)} tensors of this model: "
-                f"{', '.join(kept[:8])}{', ...' if len(kept) > 8 else ''}. Nothing was written: "
+                f"{first_names(kept)}. Nothing was written: "
                 "the export would have kept the base model's values for them"
             )
         if hasattr(self.llm, "peft_config"):
