@@ -13,12 +13,14 @@ dataloader_num_workers = 0
 accumulative_counts = 1
 use_activation_checkpointing = False
 lr = 1e-3
+penalty_type = "L2"  # small rewards: in float32 the scores of two implementations stay close
 
 tokenizer = dict(
     pretrained_model_name_or_path=pretrained_model_name_or_path, trust_remote_code=False
 )
 model = dict(
     llm=dict(pretrained_model_name_or_path=pretrained_model_name_or_path),
+    loss=dict(penalty_type=penalty_type),
     use_activation_checkpointing=use_activation_checkpointing,
 )
 train_dataloader = dict(
