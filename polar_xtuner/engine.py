@@ -1,4 +1,4 @@
-"""What xtuner's runner calls: the sampler that follows the plan, and the training loop.
+"""What xtuner's runner calls: the training loop and what it needs beside it.
 
 Importing this module registers everything a config can name, so configs say
 `custom_imports = dict(imports=["polar_xtuner.engine"])`.
@@ -10,26 +10,22 @@ from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks 
 
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
-from mmengine.registry import DATA_SAMPLERS, FUNCTIONS, LOOPS, PARAM_SCHEDULERS
+from mmengine.registry import FUNCTIONS, LOOPS, PARAM_SCHEDULERS
 from mmengine.runner import IterBasedTrainLoop
-from torch.utils.data import Sampler
 from xtuner.registry import BUILDER
 
 from polar_xtuner.collate import collate_pack
-from polar_xtuner.dataset import PolarDataset
 from polar_xtuner.modeling_internlm2 import first_names
-from polar_xtuner.packing import Pack, plan_epoch
 from polar_xtuner.reward_model import PolarRewardModel
+from polar_xtuner.sampler import PackSampler
 from polar_xtuner.template import check_vocabulary
 
 for registry in (BUILDER, FUNCTIONS):
@@ -48,57 +44,6 @@ if not _package_logger.handlers:
     _package_logger.addHandler(_ToRunnerLog())
     _package_logger.setLevel(logging.INFO)
     _package_logger.propagate = False
-
-
-@DATA_SAMPLERS.register_module()
-class PackSampler(Sampler[Pack]):
-    """This rank's packs, epoch after epoch, from any iteration on.
-
-    Args:
-        dataset: whose groups are planned.
-        accumulative_counts: packs a rank adds up before the optimizer steps.
-        seed: of the plan; the runner gives its own.
-    """
-
-    def __init__(self, dataset: PolarDataset, accumulative_counts: int = 1, seed: int = 0) -> None:
-        self.accumulative_counts = accumulative_counts
-        self.start_iter = 0
-        self._dataset = dataset
-        self._seed = seed
-        self._planned: tuple[int, list[Pack]] = (0, self._plan(0))
-
-    def packs_of(self, epoch: int) -> list[Pack]:
-        """This rank's packs of an epoch, in order."""
-        if self._planned[0] != epoch:
-            self._planned = epoch, self._plan(epoch)
-        return self._planned[1]
-
-    def _plan(self, epoch: int) -> list[Pack]:
-        plan = plan_epoch(
-            self._dataset.lengths,
-            self._dataset.pair_counts,
-            self._dataset.max_packed_length,
-            seed=self._seed,
-            epoch=epoch,
-            ranks=get_world_size(),
-            accumulation=self.accumulative_counts,
-        )
-        return [slot[get_rank()] for step in plan for slot in step]
-
-    def __len__(self) -> int:
-        return self.iterations(1)
-
-    def __iter__(self) -> Iterator[Pack]:
-        """Packs from `start_iter` on, without end."""
-        epoch, skip = 0, self.start_iter
-        while True:
-            packs = self.packs_of(epoch)
-            yield from packs[skip:]
-            epoch, skip = epoch + 1, max(0, skip - len(packs))
-
-    def iterations(self, epochs: int) -> int:
-        """Packs a rank goes through in that many epochs; packing differs a little by epoch."""
-        return sum(len(self.packs_of(epoch)) for epoch in range(epochs))
 
 
 @PARAM_SCHEDULERS.register_module()

@@ -17,12 +17,46 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 WINDOW = 4096
 """Groups that are packed together: large enough to fill packs, small against an epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the cost of a token depends on; the names of an InternLM2 config."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+    def flops(self, tokens: Any, attended: Any) -> Any:
+        """Floating-point operations of forward and backward, for numbers or arrays.
+
+        A multiply-add is two operations, the backward pass twice the forward pass; layers that are
+        computed again for activation checkpointing are not counted (as in PaLM, arXiv 2204.02311,
+        appendix B). The embedding and the reward head are left out.
+
+        Args:
+            tokens: as they are laid out, shared prefixes once.
+            attended: pairs of a query and a key that it sees (`attended_pairs`).
+        """
+        head_size = self.hidden_size // self.num_attention_heads
+        qkv = self.hidden_size + 2 * self.num_key_value_heads * head_size
+        weights = self.hidden_size * (qkv + self.hidden_size + 3 * self.intermediate_size)
+        forward = 2 * weights * tokens + 4 * self.hidden_size * attended
+        return 3 * self.num_hidden_layers * forward
+
+
+def attended_pairs(queries: Any, keys: Any) -> Any:
+    """Pairs of a query and a key that it sees, where the last query is aligned to the last key."""
+    return queries * keys - queries * (queries - 1) // 2
 
 
 @dataclass(frozen=True, slots=True)

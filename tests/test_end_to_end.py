@@ -106,7 +106,7 @@ def test_types_by_class_and_by_registered_name_train_alike(
         "BradleyTerryLoss": "polar_xtuner.losses",
         "PolarDataset": "polar_xtuner.dataset",
         "collate_pack": "polar_xtuner.collate",
-        "PackSampler": "polar_xtuner.engine",
+        "PackSampler": "polar_xtuner.sampler",
         "PolarTrainLoop": "polar_xtuner.engine",
         "WarmupCosineLR": "polar_xtuner.engine",
     }
