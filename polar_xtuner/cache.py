@@ -1,9 +1,9 @@
 """Tokenised groups on disk, memory-mapped.
 
-A group is all candidates of one row, laid out as `[prefix c0][c1][c2]...`: the longest common
-token prefix once, then every candidate's own suffix. The store is five flat arrays, appended to
-while rows are tokenised, so that memory does not grow with the data, and mapped by every
-process that trains on them.
+A group is all candidates of one prompt and reference, laid out as `[prefix c0][c1][c2]...`: the
+longest common token prefix once, then every candidate's own suffix. The store is four flat arrays,
+appended to while rows are tokenised, so that memory does not grow with the data, and mapped by
+every process that trains on them.
 
 A store is built in a folder of its own and renamed into place when it is complete: what stands
 under a key's name is whole, whatever happened to the process that built it. Processes of one
@@ -22,26 +22,32 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from polar_xtuner.packing import attended_pairs
+
 logger = logging.getLogger(__name__)
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 """Part of every cache key: raise it whenever the arrays of a store change their meaning."""
 
-PAIR = np.dtype([("chosen", "i4"), ("rejected", "i4"), ("margin", "f8")])
-"""A pair of a group: its two candidates, numbered within the group, and the row's margin."""
+PAIR = np.dtype(
+    [("chosen", "i4"), ("rejected", "i4"), ("margin", "f8"), ("file", "i4"), ("line", "i8")]
+)
+"""A pair of a group: its two candidates, numbered within the group, and the margin, number of the
+file and line of its row."""
 
 ARRAYS: dict[str, Any] = {
     "tokens": np.dtype("u4"),  # all groups' ids, one after the other
     "pieces": np.dtype("i4"),  # lengths: prefix, c0, c1, ... of every group
     "pairs": PAIR,
     "groups": np.dtype([("tokens", "i8"), ("pieces", "i8"), ("pairs", "i8")]),  # ends
-    "rows": np.dtype([("file", "i4"), ("line", "i8")]),  # each group's row: number of file, line
 }
 
 
@@ -56,25 +62,52 @@ class Group(NamedTuple):
     pieces: NDArray[Any]
     pairs: NDArray[Any]
 
+    def only(self, pairs: Any) -> Group:
+        """The group of some of the pairs, given as an index, and of their candidates."""
+        kept = self.pairs[pairs].copy()
+        sides = np.stack([kept["chosen"], kept["rejected"]])
+        candidates, numbers = np.unique(sides, return_inverse=True)
+        kept["chosen"], kept["rejected"] = numbers.reshape(sides.shape)
+        pieces = np.split(self.tokens, np.cumsum(self.pieces)[:-1])
+        tokens = np.concatenate([pieces[0], *(pieces[c + 1] for c in candidates)])
+        return Group(tokens, self.pieces[[0, *(candidates + 1)]], kept)
 
-def lay_out(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    """Distinct sequences as one group: its ids and the lengths of its pieces.
+
+def lay_out(sequences: Sequence[Any]) -> tuple[list[int], list[int]]:
+    """Distinct sequences, lists or tuples of ids, as one group: ids and lengths of its pieces.
 
     Each suffix keeps at least one id: a sequence ends with the reward token, which stands nowhere
     else in any other, so no sequence is a prefix of another.
     """
-    first = sequences[0]
-    shared = len(first)
-    for other in sequences[1:]:
-        limit = min(shared, len(other))
-        if first[:limit] == other[:limit]:
-            shared = limit
+    first, last = min(sequences), max(sequences)  # what these share, all do
+    shared, most = 0, min(map(len, sequences)) - 1
+    while shared < most:  # by halves: slices are compared much faster than single ids
+        middle = (shared + most + 1) // 2
+        if first[shared:middle] == last[shared:middle]:
+            shared = middle
         else:
-            shared = next(i for i in range(limit) if first[i] != other[i])
-    shared = min(shared, *(len(s) - 1 for s in sequences))
+            most = middle - 1
     suffixes = [s[shared:] for s in sequences]
-    tokens = [*first[:shared], *(i for suffix in suffixes for i in suffix)]
+    tokens = [*sequences[0][:shared], *chain.from_iterable(suffixes)]
     return tokens, [shared, *map(len, suffixes)]
+
+
+class Block:
+    """Groups on their way to a store: its arrays, but for where they begin."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Any]] = {name: [] for name in ARRAYS}
+
+    def add(self, sequences: Sequence[Any], pairs: Sequence[tuple[Any, ...]]) -> None:
+        """One group of distinct `sequences`; `pairs` have the fields of `PAIR`."""
+        tokens, pieces = lay_out(sequences)
+        for name, values in (("tokens", tokens), ("pieces", pieces), ("pairs", pairs)):
+            self._values[name] += values
+        ends = (len(self._values[name]) for name in ("tokens", "pieces", "pairs"))
+        self._values["groups"].append(tuple(ends))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {name: np.array(self._values[name], dtype) for name, dtype in ARRAYS.items()}
 
 
 class TokenStore:
@@ -104,45 +137,51 @@ class TokenStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenStore, (self._folder,)  # workers map the files, they get no copy
 
-    def row(self, index: int) -> tuple[int, int]:
-        """Number of the file and line in it where the row of a group stands."""
-        file, line = self._arrays["rows"][index]
-        return int(file), int(line)
+    @cached_property
+    def attended(self) -> NDArray[np.int64]:
+        """(groups,) pairs of a query and a key that it sees."""
+        return attended_by(self._arrays["pieces"], self._starts["pieces"][:-1])
 
-    def sequence_lengths(self) -> NDArray[np.int64]:
-        """(groups,) tokens of each group if every candidate were laid out by itself."""
-        starts = self._starts["pieces"]
-        prefixes = np.asarray(self._arrays["pieces"])[starts[:-1]].astype(np.int64)
-        candidates = np.diff(starts) - 1
-        return self.lengths + prefixes * (candidates - 1)
+    def unshared_lengths(self) -> NDArray[np.int64]:
+        """(groups,) tokens of each group if the two sequences of every pair stood by themselves."""
+        firsts, pairs = self._starts["pieces"][:-1], self._arrays["pairs"]
+        pieces = np.asarray(self._arrays["pieces"], np.int64)
+        first_of_pair = np.repeat(firsts, self.pair_counts)
+        suffixes = sum(pieces[first_of_pair + 1 + pairs[side]] for side in ("chosen", "rejected"))
+        both = suffixes + 2 * pieces[first_of_pair]
+        return np.add.reduceat(both, self._starts["pairs"][:-1])
+
+
+def attended_by(pieces: NDArray[Any], firsts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(groups,) pairs of a query and a key that it sees (`packing.attended_pairs`).
+
+    Args:
+        pieces: (pieces,) lengths of the pieces of all groups.
+        firsts: (groups,) number of each group's first piece, its prefix.
+    """
+    lengths = np.asarray(pieces, np.int64)
+    prefixes = lengths[firsts]
+    keys = lengths + np.repeat(prefixes, np.diff(firsts, append=len(lengths)))
+    # This takes a prefix for a suffix after one like it: too much by the square of its length.
+    return np.add.reduceat(attended_pairs(lengths, keys), firsts) - prefixes**2
 
 
 class StoreWriter:
     """Appends groups to the arrays of a store that is being built."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._files = {name: open(folder / name, "wb") for name in ARRAYS}
-        self._ends = np.zeros(1, ARRAYS["groups"])
+        self._end = np.zeros(1, ARRAYS["groups"])
 
-    def add(
-        self,
-        sequences: Sequence[Sequence[int]],
-        pairs: Sequence[tuple[int, int, float]],
-        row: tuple[int, int],
-    ) -> None:
-        """One group of distinct `sequences`; `row` is the number of its file and its line."""
-        tokens, pieces = lay_out(sequences)
-        self._write("tokens", tokens)
-        self._write("pieces", pieces)
-        self._write("pairs", list(pairs))
-        self._files["groups"].write(self._ends.tobytes())
-        self._write("rows", [row])
-
-    def _write(self, name: str, values: list[Any]) -> None:
-        self._files[name].write(np.array(values, ARRAYS[name]).tobytes())
-        if name in self._ends.dtype.names:  # type: ignore[operator]
-            self._ends[name] += len(values)
+    def write(self, arrays: dict[str, NDArray[Any]]) -> None:
+        """The groups of a block's `arrays`."""
+        ends = arrays["groups"].copy()
+        for name in ends.dtype.names:
+            ends[name] += self._end[name]
+            self._end[name] += len(arrays[name])
+        for name, values in {**arrays, "groups": ends}.items():
+            self._files[name].write(values.tobytes())
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Flush to disk; `meta` is written last, and with the size of every array."""
@@ -152,7 +191,7 @@ class StoreWriter:
             os.fsync(file.fileno())
             sizes[name] = file.tell()
             file.close()
-        (self._folder / "meta.json").write_text(json.dumps({**meta, "sizes": sizes}, indent=1))
+        (self.folder / "meta.json").write_text(json.dumps({**meta, "sizes": sizes}, indent=1))
 
 
 def open_or_build(

@@ -1,9 +1,9 @@
 """Rows -> tokenised groups that a dataloader can ask for.
 
-`PolarDataset` tokenises its rows once into a store on disk (`cache.py`), keyed by the content of
-the files, the map function, the tokenizer and the template's limits; a later start maps what it
-finds. A dataloader asks for packs: `dataset[Pack]` gives the groups of a pack and what their
-pairs weigh. As a plain sequence it is the packs of an epoch on one process, which is what
+`PolarDataset` tokenises its rows once (`tokenise.py`) into a store on disk (`cache.py`), keyed by
+the content of the files, the map function, the tokenizer and the template's limits; a later start
+maps what it finds. A dataloader asks for packs: `dataset[Pack]` gives the groups of a pack and what
+their pairs weigh. As a plain sequence it is the packs of an epoch on one process, which is what
 `xtuner log-dataset` shows.
 """
 
@@ -15,9 +15,8 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,19 +24,20 @@ import numpy as np
 from datasets import Dataset as HFDataset
 from mmengine.registry import DATASETS
 from mmengine.utils import get_object_from_string
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from xtuner.registry import BUILDER, MAP_FUNC
 
-from polar_xtuner.cache import STORE_VERSION, StoreWriter, TokenStore, open_or_build
-from polar_xtuner.packing import Pack, plan_epoch
-from polar_xtuner.records import BadRow, Row, RowCheck, RowError, find_files, map_rows, read_rows
-from polar_xtuner.template import Candidate, PolarTemplate
+from polar_xtuner.cache import STORE_VERSION, Group, TokenStore, attended_by, open_or_build
+from polar_xtuner.packing import Pack, Plan, Share, plan_epoch
+from polar_xtuner.records import BadRow, Row, RowCheck, find_files, map_rows, read_rows
+from polar_xtuner.splitting import split_pairs
+from polar_xtuner.template import PolarTemplate
+from polar_xtuner.tokenise import tokenise
 
 logger = logging.getLogger(__name__)
 
-CHUNK_CANDIDATES, CHUNK_CHARACTERS = 4096, 1 << 23
-"""Most candidates and characters that are encoded in one call (or one row, if that has more)."""
+Ints = NDArray[np.int64]
 
 IGNORED_LABEL = -100
 
@@ -53,14 +53,17 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         dataset: a Hugging Face dataset or the config of one; give this or `data_files`.
         dataset_map_fn: turns an example into a row; a function, or its name in `MAP_FUNC`.
         max_length, max_response_length, separator_token_id, reward_token_id: see `PolarTemplate`.
-        max_packed_length: most tokens of a pack.
+        max_packed_length: most tokens of a pack; a larger group is split.
+        group_candidates: rows of one prompt, reference and wrapper make one group, in which each
+            distinct candidate is computed once; False makes a group of every pair.
         on_bad_row: "error" stops before anything is tokenised, "skip" drops and counts.
-        on_long_group: what to do with a group that is longer than a pack: "error" or "skip".
+        on_long_group: what to do with a pair that is longer than a pack: "error" or "skip".
+        num_proc: processes that tokenise; None is one a core, 16 at most.
         cache_dir: where stores live; None is `$XDG_CACHE_HOME/polar_xtuner`.
 
     Raises:
         BadRowsError: rows are bad and `on_bad_row` is "error".
-        ValueError: a group cannot fit a pack and `on_long_group` is "error"; no row is left.
+        ValueError: a pair cannot fit a pack and `on_long_group` is "error"; no row is left.
     """
 
     metainfo: ClassVar[dict[str, Any]] = {}  # mmengine's loop asks every dataset for it
@@ -74,10 +77,12 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         max_length: int = 16384,
         max_response_length: int = 4096,
         max_packed_length: int = 32768,
+        group_candidates: bool = True,
         separator_token_id: int | None = None,
         reward_token_id: int | None = None,
         on_bad_row: str = "error",
         on_long_group: str = "error",
+        num_proc: int | None = None,
         cache_dir: str | None = None,
     ) -> None:
         if (data_files is None) == (dataset is None):
@@ -100,24 +105,35 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         source = _FileRows(data_files, map_fn) if dataset is None else _HFRows(dataset, map_fn)
         self._names = source.names
 
-        key = hashlib.sha256()
-        for part in (source.fingerprint(), template.fingerprint, on_bad_row, str(STORE_VERSION)):
+        key = hashlib.sha256(f"{STORE_VERSION} {group_candidates} {on_bad_row}".encode())
+        for part in (source.fingerprint(), template.fingerprint):
             key.update(part.encode())
         self.store: TokenStore = open_or_build(
             Path(cache_dir) if cache_dir else _default_cache_dir(),
             key.hexdigest()[:32],
-            lambda writer: self._tokenise(source, template, writer),
+            lambda writer: tokenise(
+                source.rows(),
+                template,
+                writer,
+                names=source.names,
+                on_bad_row=on_bad_row,
+                group_candidates=group_candidates,
+                num_proc=num_proc,
+            ),
         )
         """All groups, those too long for a pack included."""
-        self.groups = self._fitting(on_long_group)
-        """(groups,) numbers in the store of the groups that are trained on."""
-        if not len(self.groups):
+        self._parts: list[tuple[int, Ints]] = []
+        self._whole, self.lengths, self.pair_counts, self.attended = self._fit(on_long_group)
+        if not len(self.lengths):
             raise ValueError(f"no row to train on in {', '.join(self._names)}")
-        self.lengths = self.store.lengths[self.groups]
-        """(groups,) tokens of each group."""
-        self.pair_counts = self.store.pair_counts[self.groups]
-        """(groups,) pairs of each group."""
         self._report()
+
+    def group(self, number: int) -> Group:
+        """A group that is trained on: one of the store, or a part of one too long for a pack."""
+        if number < len(self._whole):
+            return self.store[int(self._whole[number])]
+        stored, pairs = self._parts[number - len(self._whole)]
+        return self.store[stored].only(pairs)
 
     def __getitem__(self, pack: Pack | int) -> dict[str, Any]:
         """A pack, ready for `collate_pack`: `groups`, `pair_weight`, and where their rows stand.
@@ -128,7 +144,7 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         """
         if isinstance(pack, Pack):
             return self._load(pack)
-        loaded = self._load(self._plain_packs[pack])
+        loaded = self._load(self._plan.pack(pack, 0))
         tokens = np.concatenate([group.tokens for group in loaded["groups"]])
         labels = np.full(len(tokens), IGNORED_LABEL)
         start = 0
@@ -139,69 +155,90 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
             start += len(group.tokens)
         return {**loaded, "input_ids": tokens.tolist(), "labels": labels.tolist()}
 
-    def _load(self, pack: Pack) -> dict[str, Any]:
-        numbers = [int(self.groups[i]) for i in pack.groups]
-        return {
-            "groups": [self.store[n] for n in numbers],
-            "pair_weight": pack.pair_weight,
-            "rows": [self._place(n) for n in numbers],
-        }
-
     def __len__(self) -> int:
-        return len(self._plain_packs)
+        return self._plan.iterations
 
     @cached_property
-    def _plain_packs(self) -> list[Pack]:
-        plan = plan_epoch(self.lengths, self.pair_counts, self.max_packed_length)
-        return [pack for step in plan for slot in step for pack in slot]
+    def _plan(self) -> Plan:
+        lengths, cap = self.lengths, self.max_packed_length
+        return plan_epoch(lengths, self.pair_counts, lengths, cap)
 
-    def _place(self, number: int) -> str:
-        file, line = self.store.row(number)
-        return f"{self._names[file]}:{line}"
+    def _load(self, pack: Pack) -> dict[str, Any]:
+        groups = [self._share(share) for share in pack.shares]
+        return {
+            "groups": groups,
+            "pair_weight": pack.pair_weight,
+            "rows": [place for group in groups for place in self._places(group)],
+        }
 
-    def _tokenise(
-        self, source: _FileRows | _HFRows, template: PolarTemplate, writer: StoreWriter
-    ) -> dict[str, Any]:
-        check = RowCheck(self._on_bad_row)
-        rows = sum(1 for _ in check.accept(source.rows()))
-        files = {name: number for number, name in enumerate(source.names)}
-        uncut = RowCheck(self._on_bad_row)
-        with tqdm(total=rows, desc="Tokenising", unit=" rows", mininterval=1) as bar:
-            good = (row for row in source.rows() if isinstance(row, Row))
-            for row, sequences, pairs in uncut.accept(_tokenised(good, template)):
-                writer.add(sequences, pairs, (files[row.file], row.line))
-                bar.update()
-        return {"rows": rows - uncut.bad, "bad_rows": check.bad + uncut.bad}
+    def _share(self, share: Share) -> Group:
+        group = self.group(share.group)
+        if share.stop - share.start == len(group.pairs):
+            return group
+        return group.only(slice(share.start, share.stop))
 
-    def _fitting(self, on_long_group: str) -> np.ndarray[Any, Any]:
-        fits = self.store.lengths <= self.max_packed_length
-        long = np.flatnonzero(~fits)
-        if len(long):
-            shown = "\n".join(
-                f"  {self._place(i)}: {self.store.lengths[i]} tokens" for i in long[:20].tolist()
+    def _places(self, group: Group) -> list[str]:
+        rows = dict.fromkeys(group.pairs[["file", "line"]].tolist())
+        return [f"{self._names[file]}:{line}" for file, line in rows]
+
+    def _fit(self, on_long_group: str) -> tuple[Ints, ...]:
+        """Numbers of the groups that fit a pack; of these and of the parts that larger ones are
+        split into: tokens, pairs and attended pairs."""
+        cap, store = self.max_packed_length, self.store
+        fits = store.lengths <= cap
+        unfit: list[str] = []
+        for number in np.flatnonzero(~fits).tolist():
+            group = store[number]
+            chosen, rejected = (group.pairs[side].tolist() for side in ("chosen", "rejected"))
+            parts, long = split_pairs(group.pieces.tolist(), chosen, rejected, cap)
+            self._parts += [(number, part) for part in parts]
+            for pair in long:
+                too_long = group.only([pair])
+                (place,) = self._places(too_long)
+                unfit.append(f"{place}: {len(too_long.tokens)} tokens")
+        if unfit:
+            self._refuse(unfit, on_long_group)
+        if len(self._parts):
+            logger.info(
+                "%d groups longer than a pack are split into %d", (~fits).sum(), len(self._parts)
             )
-            more = f"\n  ... and {len(long) - 20} more" if len(long) > 20 else ""
-            message = (
-                f"{len(long)} of {len(fits)} groups do not fit a pack of max_packed_length="
-                f"{self.max_packed_length} tokens:\n{shown}{more}"
+        split = [store[number].only(pairs) for number, pairs in self._parts]
+        pieces = [part.pieces for part in split]
+        firsts = np.cumsum([0, *map(len, pieces[:-1])])
+        added: list[Any] = [
+            [len(part.tokens) for part in split],
+            [len(part.pairs) for part in split],
+            attended_by(np.concatenate(pieces), firsts) if split else [],
+        ]
+        stored = (store.lengths, store.pair_counts, store.attended)
+        return np.flatnonzero(fits), *(
+            np.append(values[fits], np.array(more, np.int64)) for values, more in zip(stored, added)
+        )
+
+    def _refuse(self, unfit: list[str], on_long_group: str) -> None:
+        shown = "\n  ".join(unfit[:20])
+        more = f"\n  ... and {len(unfit) - 20} more" if len(unfit) > 20 else ""
+        message = (
+            f"{len(unfit)} pairs do not fit a pack of max_packed_length={self.max_packed_length} "
+            f"tokens:\n  {shown}{more}"
+        )
+        if on_long_group == "error":
+            raise ValueError(
+                f"{message}\nRaise max_packed_length, lower max_length, or set "
+                "on_long_group='skip' to leave them out."
             )
-            if on_long_group == "error":
-                raise ValueError(
-                    f"{message}\nRaise max_packed_length, lower max_length, or set "
-                    "on_long_group='skip' to leave them out."
-                )
-            logger.warning("%s\nThey are left out.", message)
-        return np.flatnonzero(fits)
+        logger.warning("%s\nThey are left out.", message)
 
     def _report(self) -> None:
-        tokens = int(self.lengths.sum())
-        alone = int(self.store.sequence_lengths()[self.groups].sum())
+        tokens, unshared = int(self.lengths.sum()), int(self.store.unshared_lengths().sum())
         logger.info(
-            "%d rows, %d pairs; %d tokens (%d if no prefix were shared); %d bad rows skipped",
-            len(self.groups),
+            "%d rows, %d groups, %d pairs; %d tokens (%d if nothing were shared); %d bad rows "
+            "skipped",
+            self.store.meta["rows"],
+            len(self.lengths),
             int(self.pair_counts.sum()),
             tokens,
-            alone,
+            unshared,
             self.store.meta["bad_rows"],
         )
 
@@ -249,50 +286,6 @@ class _HFRows:
 
     def rows(self) -> Iterator[Row | BadRow]:
         return map_rows(self._dataset, self.names[0], self._map_fn)
-
-
-Tokenised = tuple[Row, list[list[int]], list[tuple[int, int, float]]]
-
-
-def _tokenised(rows: Iterator[Row], template: PolarTemplate) -> Iterator[Tokenised | BadRow]:
-    """Each row with its distinct sequences and its pairs (chosen, rejected, margin)."""
-    for chunk in _chunks(rows):
-        ids = iter(
-            template.encode(
-                [
-                    Candidate(row.prompt, row.reference, text, row.wrapper)
-                    for row in chunk
-                    for text in (*row.chosen, *row.rejected)
-                ]
-            )
-        )
-        for row in chunk:
-            numbers: dict[tuple[int, ...], int] = {}
-            chosen, rejected = (
-                [numbers.setdefault(tuple(next(ids)), len(numbers)) for _ in texts]
-                for texts in (row.chosen, row.rejected)
-            )
-            if set(chosen) & set(rejected):
-                problem = "equals a rejected candidate once both are cut to the length limits"
-                yield BadRow((RowError(row.file, row.line, "chosen", problem),))
-                continue
-            pairs = [(c, r, row.margin) for c, r in product(chosen, rejected)]
-            yield row, [list(n) for n in numbers], pairs
-
-
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    chunk: list[Row] = []
-    candidates = characters = 0
-    for row in rows:
-        texts = (*row.chosen, *row.rejected)
-        chunk.append(row)
-        candidates += len(texts)
-        characters += sum(map(len, texts)) + len(texts) * (len(row.prompt) + len(row.reference))
-        if candidates >= CHUNK_CANDIDATES or characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, candidates, characters = [], 0, 0
-    if chunk:
-        yield chunk
 
 
 def _built(value: Any) -> Any:

@@ -1,12 +1,14 @@
-"""Lengths -> plan: which groups make which pack, on which rank, in which optimizer step.
+"""Numbers -> plan: which groups make which pack, on which rank, in which optimizer step.
 
-Pure functions on numbers: the same arguments give the same plan on every rank, without a word
-between them. Groups are shuffled, cut into windows, and best-fit packed within each window: one
-after the other, into the fullest pack that still has room. (Longest first, packs would hold few
-long groups or many short ones, and what a pair weighs would follow its length.) Packs are then
-shuffled and dealt to optimizer steps; every step has `ranks * accumulation` of them. Where the
-number does not divide, packs of several groups are split in two until it does; should none be left
-to split, the shortest groups go through once more, with no weight.
+Pure functions: the same arguments give the same plan on every rank, without a word between them.
+Groups are shuffled and cut into windows of whole optimizer steps. The groups of a window are spread
+over its packs, the costliest first, each into the pack with least cost so far that has room for it.
+So packs cost the same, whichever rank gets them, and each holds its share of long groups and of
+short ones: what a pair weighs has nothing to do with its length. There are as few steps as fit.
+
+With `pairs_per_step` a step holds exactly that many pairs, and is a window of its own. A group with
+more pairs than a step has left waits for the next one; if enough of them wait, the first is divided
+between two steps.
 
 Each pair of an optimizer step weighs 1/N, N the pairs of the whole step over all its packs. The
 engines average over ranks and accumulation slots, so a pack carries the weight
@@ -15,15 +17,25 @@ engines average over ranks and accumulation slots, so a pack carries the weight
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from heapq import heapify, heapreplace
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW = 4096
-"""Groups that are packed together: large enough to fill packs, small against an epoch."""
+WINDOW = 64
+"""Packs whose groups are spread together: enough to fill and balance them, few against an epoch."""
+
+FULL = 1.001
+"""Packs are first tried as if they could be 99.9 % full."""
+
+WAITING = 64
+"""Groups that may wait for a step with room for all their pairs before one is divided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +71,242 @@ def attended_pairs(queries: Any, keys: Any) -> Any:
     return queries * keys - queries * (queries - 1) // 2
 
 
+class Share(NamedTuple):
+    """The pairs `start` to `stop` of a group; a whole group, but where a step divides it."""
+
+    group: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True, slots=True)
 class Pack:
     """Groups that go through the model together, and what each of their pairs weighs."""
 
-    groups: tuple[int, ...]
+    shares: tuple[Share, ...]
     pair_weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The packs of an epoch, for every iteration (a slot of an optimizer step) and rank."""
+
+    ranks: int
+    accumulation: int
+    shares: NDArray[np.int64]
+    """(shares, 3): a `Share` a row, pack by pack."""
+    ends: NDArray[np.int64]
+    """(packs,): where the shares of each pack end."""
+    pair_weights: NDArray[np.float64]
+    """(packs,); 0 for a pack that only fills a step."""
+
+    @property
+    def iterations(self) -> int:
+        """Packs of each rank."""
+        return len(self.ends) // self.ranks
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.iterations // self.accumulation
+
+    def pack(self, iteration: int, rank: int) -> Pack:
+        """What a rank computes in an iteration."""
+        number = iteration * self.ranks + rank
+        start = self.ends[number - 1] if number else 0
+        shares = self.shares[start : self.ends[number]].tolist()
+        return Pack(tuple(Share(*s) for s in shares), float(self.pair_weights[number]))
+
+
+def plan_epoch(
+    lengths: NDArray[np.int64],
+    pairs: NDArray[np.int64],
+    costs: NDArray[np.int64],
+    cap: int,
+    *,
+    pairs_per_step: int | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    ranks: int = 1,
+    accumulation: int = 1,
+) -> Plan:
+    """Where and when each group goes through the model, once an epoch.
+
+    Args:
+        lengths: (groups,) tokens of each group as it is laid out.
+        pairs: (groups,) pairs of each group.
+        costs: (groups,) what each group costs, in any unit (`ModelShape.flops`).
+        cap: most tokens of a pack.
+        pairs_per_step: pairs of an optimizer step, the last one has the rest; None fills packs.
+        seed, epoch: two epochs of one seed have different orders.
+        ranks: data-parallel size.
+        accumulation: packs a rank adds up before it steps.
+
+    Raises:
+        ValueError: a group is longer than the cap, there are fewer groups than
+            ranks * accumulation, or the pairs of a step do not fit its packs.
+    """
+    per_step = ranks * accumulation
+    if len(lengths) and lengths.max() > cap:
+        raise ValueError(f"a group of {lengths.max()} tokens cannot fit a pack of {cap}")
+    if len(lengths) < per_step:
+        raise ValueError(
+            f"{len(lengths)} groups cannot fill one optimizer step of {ranks} ranks x "
+            f"{accumulation} accumulation steps: use fewer ranks, a smaller accumulative_counts, "
+            "or more data"
+        )
+    groups = _Groups(lengths.tolist(), pairs.tolist(), costs.tolist(), cap)
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    if pairs_per_step is None:
+        steps = _filled(groups, order, lengths, per_step)
+    else:
+        steps = _of_pairs(groups, order.tolist(), pairs_per_step, ranks, accumulation)
+    shortest = int(lengths.argmin())
+    filler = Share(shortest, 0, int(pairs[shortest]))
+    packs, weights = [], []
+    for step in steps:
+        weight = per_step / sum(share.stop - share.start for pack in step for share in pack)
+        packs += [pack or [filler] for pack in step]
+        weights += [weight if pack else 0.0 for pack in step]
+    return Plan(
+        ranks,
+        accumulation,
+        np.array([*chain.from_iterable(packs)], np.int64),
+        np.cumsum([*map(len, packs)]),
+        np.array(weights),
+    )
+
+
+Step = list[list[Share]]  # the packs of an optimizer step; empty ones only fill it
+
+
+class _Groups(NamedTuple):
+    """Of each group, as lists: Python reads them faster than arrays."""
+
+    lengths: list[int]
+    pairs: list[int]
+    costs: list[int]
+    cap: int
+
+    def whole(self, group: int) -> Share:
+        return Share(group, 0, self.pairs[group])
+
+    def spread(self, shares: list[Share], packs: int) -> tuple[Step, list[Share]]:
+        """`shares` in so many packs of about the same cost, and those that found no room."""
+        spread: Step = [[] for _ in range(packs)]
+        room = [self.cap] * packs
+        loads = [(0, pack) for pack in range(packs)]  # a heap
+        left = []
+        for share in self._costliest_first(shares):
+            length, cost = self.lengths[share.group], self.costs[share.group]
+            load, pack = loads[0]
+            if room[pack] >= length:
+                heapreplace(loads, (load + cost, pack))
+            else:
+                fitting = [entry for entry in loads if room[entry[1]] >= length]
+                if not fitting:
+                    left.append(share)
+                    continue
+                load, pack = min(fitting)
+                loads[loads.index((load, pack))] = (load + cost, pack)
+                heapify(loads)
+            spread[pack].append(share)
+            room[pack] -= length
+        return spread, left
+
+    def fit(self, shares: list[Share], packs: int) -> tuple[Step, list[Share]]:
+        """The same for groups so long that few fit a pack: each where it leaves least room."""
+        ordered = self._costliest_first(shares)
+        fitted = best_fit(np.array([self.lengths[share.group] for share in ordered]), self.cap)
+        members = [[ordered[i] for i in pack] for pack in fitted]
+        spread = members[:packs] + [[] for _ in range(packs - len(members))]
+        return spread, [*chain.from_iterable(members[packs:])]
+
+    def _costliest_first(self, shares: list[Share]) -> list[Share]:
+        return sorted(shares, key=lambda share: -self.costs[share.group])
+
+    def tokens(self, shares: list[Share]) -> int:
+        return sum(self.lengths[share.group] for share in shares)
+
+
+def _filled(
+    groups: _Groups, order: NDArray[np.int64], lengths: NDArray[np.int64], per_step: int
+) -> list[Step]:
+    """As few steps as hold all groups, their packs about equally full."""
+    ends = np.cumsum(lengths[order])
+    a_step = groups.cap * per_step
+    count = max(math.ceil(ends[-1] / a_step), math.floor(FULL * ends[-1] / a_step))
+    while True:
+        windows = max(1, count * per_step // WINDOW)
+        firsts = np.arange(windows + 1) * count // windows  # step that each window begins with
+        cuts = np.searchsorted(ends, ends[-1] * firsts[1:-1] / count)
+        steps: list[Step] = []
+        left: list[Share] = []
+        for members, size in zip(np.split(order, cuts), np.diff(firsts).tolist()):
+            shares = left + [groups.whole(group) for group in members.tolist()]
+            packs, left = groups.spread(shares, size * per_step)
+            if left:
+                packs, left = min(
+                    (packs, left),
+                    groups.fit(shares, size * per_step),
+                    key=lambda result: groups.tokens(result[1]),
+                )
+            packs.sort(key=bool, reverse=True)  # empty ones last, so that steps share them
+            steps += [packs[step::size] for step in range(size)]
+        if not left:
+            return [step for step in steps if any(step)]
+        count += math.ceil(groups.tokens(left) / a_step)
+
+
+def _of_pairs(
+    groups: _Groups, order: list[int], pairs_per_step: int, ranks: int, accumulation: int
+) -> list[Step]:
+    """Steps of exactly so many pairs, the last one of those that are left."""
+    if pairs_per_step < ranks * accumulation:
+        raise ValueError(
+            f"pairs_per_step={pairs_per_step} is less than one pair for each of the {ranks} ranks "
+            f"x {accumulation} accumulation steps: raise it, or lower accumulative_counts"
+        )
+    steps, needed = [], accumulation
+    for shares in _by_pairs(groups, order, pairs_per_step):
+        packs, left = groups.spread(shares, ranks * needed)
+        while left:
+            needed += 1
+            packs, left = groups.spread(shares, ranks * needed)
+        steps.append(packs)
+    if needed > accumulation:
+        raise ValueError(
+            f"pairs_per_step={pairs_per_step} pairs do not fit {ranks} ranks x {accumulation} "
+            f"packs of {groups.cap} tokens: set accumulative_counts={needed}, or raise "
+            "max_packed_length"
+        )
+    return steps
+
+
+def _by_pairs(groups: _Groups, order: list[int], pairs_per_step: int) -> Iterator[list[Share]]:
+    stream = map(groups.whole, order)
+    waiting: list[Share] = []
+    while True:
+        earlier = iter(waiting)
+        coming = chain(earlier, stream)
+        shares: list[Share] = []
+        waiting = []
+        room = pairs_per_step
+        while room and len(waiting) <= WAITING and (share := next(coming, None)):
+            size = share.stop - share.start
+            if size <= room:
+                shares.append(share)
+                room -= size
+            else:
+                waiting.append(share)
+        if room and waiting:
+            group, start, stop = waiting[0]
+            shares.append(Share(group, start, start + room))
+            waiting[0] = Share(group, start + room, stop)
+        if not shares:
+            return
+        waiting += earlier
+        yield shares
 
 
 def best_fit(lengths: NDArray[np.int64], cap: int) -> list[list[int]]:
@@ -86,64 +328,4 @@ def best_fit(lengths: NDArray[np.int64], cap: int) -> list[list[int]]:
             room, pack = open_packs.pop(at)
         packs[pack].append(index)
         insort(open_packs, (room - length, pack))
-    return packs
-
-
-def plan_epoch(
-    lengths: NDArray[np.int64],
-    pairs: NDArray[np.int64],
-    cap: int,
-    *,
-    seed: int = 0,
-    epoch: int = 0,
-    ranks: int = 1,
-    accumulation: int = 1,
-) -> list[list[list[Pack]]]:
-    """The epoch as `plan[step][slot][rank]`.
-
-    Args:
-        lengths: (groups,) tokens of each group as it is laid out.
-        pairs: (groups,) pairs of each group.
-        cap: most tokens of a pack.
-        seed, epoch: two epochs of one seed have different orders.
-        ranks: data-parallel size.
-        accumulation: packs a rank adds up before it steps.
-
-    Raises:
-        ValueError: a group is longer than the cap, or there are fewer groups than
-            ranks * accumulation.
-    """
-    per_step = ranks * accumulation
-    if len(lengths) < per_step:
-        raise ValueError(
-            f"{len(lengths)} groups cannot fill one optimizer step of {ranks} ranks x "
-            f"{accumulation} accumulation steps: use fewer ranks, a smaller accumulative_counts, "
-            "or more data"
-        )
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths))
-    packs = []
-    for start in range(0, len(order), WINDOW):
-        window = order[start : start + WINDOW]
-        packs += [window[p] for p in best_fit(lengths[window], cap)]
-    packs = _split_to_multiple(packs, per_step)
-    trained = len(packs)
-    packs += [*np.argsort(lengths)[: -trained % per_step, None]]
-    shuffled = random.permutation(len(packs))
-    plan = []
-    for start in range(0, len(shuffled), per_step):
-        step = shuffled[start : start + per_step]
-        weight = per_step / sum(int(pairs[packs[i]].sum()) for i in step if i < trained)
-        ready = [Pack(tuple(packs[i].tolist()), weight if i < trained else 0.0) for i in step]
-        plan.append([ready[slot : slot + ranks] for slot in range(0, per_step, ranks)])
-    return plan
-
-
-def _split_to_multiple(packs: list[NDArray[np.int64]], multiple: int) -> list[NDArray[np.int64]]:
-    """Split the packs with most groups until their number is a multiple, or no pack is left."""
-    packs = sorted(packs, key=len)
-    while len(packs) % multiple and len(packs[-1]) > 1:
-        largest = packs.pop()
-        for part in (largest[::2], largest[1::2]):
-            insort(packs, part, key=len)
     return packs

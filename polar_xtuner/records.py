@@ -153,12 +153,20 @@ class RowCheck:
         """
         for item in items:
             self.rows += 1
-            if not isinstance(item, BadRow):
+            if isinstance(item, BadRow):
+                self.note(item)
+            else:
                 yield item
-                continue
-            self.bad += 1
-            self._total += len(item.errors)
-            self.errors += item.errors[: _LISTED - len(self.errors)]
+        self.finish()
+
+    def note(self, bad: BadRow) -> None:
+        """Counts a bad row."""
+        self.bad += 1
+        self._total += len(bad.errors)
+        self.errors += bad.errors[: _LISTED - len(self.errors)]
+
+    def finish(self) -> None:
+        """What `accept` does after the last item."""
         if self.bad:
             error = BadRowsError(self.errors, self._total, self.bad, self.rows)
             if self.on_bad_row == "error":

@@ -11,7 +11,7 @@ from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import Sampler
 
 from polar_xtuner.dataset import PolarDataset
-from polar_xtuner.packing import Pack, plan_epoch
+from polar_xtuner.packing import ModelShape, Pack, Plan, plan_epoch
 
 
 @DATA_SAMPLERS.register_module()
@@ -21,33 +21,45 @@ class PackSampler(Sampler[Pack]):
     Args:
         dataset: whose groups are planned.
         accumulative_counts: packs a rank adds up before the optimizer steps.
+        pairs_per_step: pairs of an optimizer step; None fills the packs.
         seed: of the plan; the runner gives its own.
     """
 
-    def __init__(self, dataset: PolarDataset, accumulative_counts: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: PolarDataset,
+        accumulative_counts: int = 1,
+        pairs_per_step: int | None = None,
+        seed: int = 0,
+    ) -> None:
         self.accumulative_counts = accumulative_counts
+        self.pairs_per_step = pairs_per_step
         self.start_iter = 0
+        self.model_shape: ModelShape | None = None
+        """Of the model that is trained, set before the first plan: it says what a group costs."""
         self._dataset = dataset
         self._seed = seed
-        self._planned: tuple[int, list[Pack]] = (0, self._plan(0))
+        self._planned: tuple[int, Plan] | None = None
 
-    def packs_of(self, epoch: int) -> list[Pack]:
-        """This rank's packs of an epoch, in order."""
-        if self._planned[0] != epoch:
+    def plan_of(self, epoch: int) -> Plan:
+        """The packs of all ranks in an epoch."""
+        if self._planned is None or self._planned[0] != epoch:
             self._planned = epoch, self._plan(epoch)
         return self._planned[1]
 
-    def _plan(self, epoch: int) -> list[Pack]:
-        plan = plan_epoch(
-            self._dataset.lengths,
-            self._dataset.pair_counts,
-            self._dataset.max_packed_length,
+    def _plan(self, epoch: int) -> Plan:
+        data, shape = self._dataset, self.model_shape
+        return plan_epoch(
+            data.lengths,
+            data.pair_counts,
+            data.lengths if shape is None else shape.flops(data.lengths, data.attended),
+            data.max_packed_length,
+            pairs_per_step=self.pairs_per_step,
             seed=self._seed,
             epoch=epoch,
             ranks=get_world_size(),
             accumulation=self.accumulative_counts,
         )
-        return [slot[get_rank()] for step in plan for slot in step]
 
     def __len__(self) -> int:
         return self.iterations(1)
@@ -56,10 +68,11 @@ class PackSampler(Sampler[Pack]):
         """Packs from `start_iter` on, without end."""
         epoch, skip = 0, self.start_iter
         while True:
-            packs = self.packs_of(epoch)
-            yield from packs[skip:]
-            epoch, skip = epoch + 1, max(0, skip - len(packs))
+            plan = self.plan_of(epoch)
+            for iteration in range(skip, plan.iterations):
+                yield plan.pack(iteration, get_rank())
+            epoch, skip = epoch + 1, max(0, skip - plan.iterations)
 
     def iterations(self, epochs: int) -> int:
         """Packs a rank goes through in that many epochs; packing differs a little by epoch."""
-        return sum(len(self.packs_of(epoch)) for epoch in range(epochs))
+        return sum(self.plan_of(epoch).iterations for epoch in range(epochs))

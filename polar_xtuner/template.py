@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
+
+from polar_xtuner.encoder import encoder_of
 
 TEMPLATE_VERSION = 1
 """Part of every cache key: raise it whenever the same row would get other ids."""
@@ -96,7 +98,7 @@ class PolarTemplate:
         self.eos_token_id = _named_id(tokenizer, "eos_token_id", "</s>")
         self.separator_token_id = _special_id(tokenizer, SEPARATOR_TOKEN, separator_token_id)
         self.reward_token_id = _special_id(tokenizer, REWARD_TOKEN, reward_token_id)
-        self._encode, self._most_ids, identity = _data_encoder(tokenizer)
+        self._encoder = encoder_of(tokenizer)
         self.special_ids = {
             "BOS": self.bos_token_id,
             "EOS": self.eos_token_id,
@@ -110,29 +112,39 @@ class PolarTemplate:
         self._spelled: dict[int, list[int]] = {}
         self._token_of = _token_lookup(tokenizer)
         settings = [TEMPLATE_VERSION, max_length, max_response_length, self.special_ids]
-        self.fingerprint = hashlib.sha256(identity + json.dumps(settings).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(
+            self._encoder.identity + json.dumps(settings).encode()
+        ).hexdigest()
         """Equal for two templates only if they give every candidate the same ids."""
 
     def encode(self, candidates: Sequence[Candidate]) -> list[list[int]]:
         """Ids of every candidate, each at most `max_length`, in order.
 
-        Equal texts within one call are encoded once; a fast tokenizer encodes them in parallel.
+        Equal texts within one call are encoded once, and so are words (`encoder.py`).
         """
         candidates = [Candidate(*map(_valid_unicode, c)) for c in candidates]
         long = {c for c in candidates if self._may_need_cut(c)}
-        parts = self._encode_texts(["\n", *(text for c in long for text in c[:3])])
+        parts = self._encode_texts(text for c in long for text in ("\n", *c[:3]))
         kept = {c: self._cut(c, parts) for c in long}
+        pieces = {c: (self._pieces(c, 0), self._pieces(c, 1)) for c in candidates}
         joined = self._encode_texts(
             text
-            for c in candidates
-            for text, is_cut in zip(_halves(c), kept[c].is_cut if c in kept else (False, False))
+            for c, halves in pieces.items()
+            for half, is_cut in zip(halves, kept[c].is_cut if c in kept else (False, False))
             if not is_cut
+            for text in half
         )
-        return [self._assemble(c, kept.get(c), joined, parts["\n"]) for c in candidates]
+        newline = parts.get("\n", [])  # only needed where something is cut
+        return [self._assemble(c, pieces[c], kept.get(c), joined, newline) for c in candidates]
+
+    def _pieces(self, c: Candidate, side: int) -> tuple[str, ...]:
+        """The half `P sep R` (side 0) or `P sep O` in texts whose ids are those of the half."""
+        left, right = c.prompt + _separator(c, c[1 + side]), c[1 + side]
+        return (left, right) if self._encoder.separable(left, right) else (left + right,)
 
     def _may_need_cut(self, c: Candidate) -> bool:
         """False if even the most ids would fit; spares encoding the parts by themselves."""
-        prompt, reference, output = (self._most_ids(text) + 2 for text in c[:3])
+        prompt, reference, output = (self._encoder.most_ids(text) + 2 for text in c[:3])
         return (
             max(reference, output) > self.max_response_length
             or 2 * prompt + reference + output > self.max_length - 4
@@ -151,12 +163,17 @@ class PolarTemplate:
         return _Kept(kept_prompt, (kept_reference, kept_output), is_cut)
 
     def _assemble(
-        self, c: Candidate, kept: _Kept | None, joined: dict[str, list[int]], newline: list[int]
+        self,
+        c: Candidate,
+        pieces: tuple[tuple[str, ...], ...],
+        kept: _Kept | None,
+        joined: dict[str, list[int]],
+        newline: list[int],
     ) -> list[int]:
         halves = []
-        for side, text in enumerate(_halves(c)):
+        for side, texts in enumerate(pieces):
             if kept is None or not kept.is_cut[side]:
-                halves.append(joined[text])
+                halves.append([*chain.from_iterable(joined[text] for text in texts)])
             else:
                 separator = newline if _separator(c, c[1 + side]) else []
                 halves.append(kept.prompt + separator + kept.responses[side])
@@ -169,12 +186,12 @@ class PolarTemplate:
         ]
         if len(ids) > self.max_length and kept is not None and not all(kept.is_cut):
             # Joined texts can take a few ids more than their parts, for which the cut left room.
-            return self._assemble(c, kept._replace(is_cut=(True, True)), joined, newline)
+            return self._assemble(c, pieces, kept._replace(is_cut=(True, True)), joined, newline)
         return ids
 
     def _encode_texts(self, texts: Iterable[str]) -> dict[str, list[int]]:
         distinct = list(dict.fromkeys(texts))
-        return {t: self._as_data(ids) for t, ids in zip(distinct, self._encode(distinct))}
+        return {t: self._as_data(ids) for t, ids in zip(distinct, self._encoder.encode(distinct))}
 
     def _as_data(self, ids: list[int]) -> list[int]:
         if self._forbidden.isdisjoint(ids):
@@ -184,7 +201,7 @@ class PolarTemplate:
     def _spell(self, token_id: int) -> list[int]:
         """A special token's text, one character at a time."""
         if token_id not in self._spelled:
-            characters = self._encode(list(self._token_of(token_id)))
+            characters = self._encoder.encode([*self._token_of(token_id)])
             spelled = [i for ids in characters for i in ids]
             if not self._forbidden.isdisjoint(spelled):
                 raise ValueError(
@@ -199,13 +216,6 @@ def _separator(c: Candidate, response: str) -> str:
     return "\n" if c.wrapper == "sft" and response else ""
 
 
-def _halves(c: Candidate) -> tuple[str, str]:
-    return (
-        c.prompt + _separator(c, c.reference) + c.reference,
-        c.prompt + _separator(c, c.output) + c.output,
-    )
-
-
 def _valid_unicode(text: str) -> str:
     """`text` with lone surrogates, which no tokenizer takes, replaced by U+FFFD."""
     try:
@@ -213,43 +223,6 @@ def _valid_unicode(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _data_encoder(
-    tokenizer: Any,
-) -> tuple[Callable[[list[str]], list[list[int]]], Callable[[str], float], bytes]:
-    """A batch encoder that takes special tokens in the text for text, a bound, an identity.
-
-    The bound is on the ids of a text: one a byte of what the tokenizer makes of it before it
-    splits it (NFC, for one, can make three characters of one).
-    """
-    if not isinstance(tokenizer, Tokenizer) and not tokenizer.is_fast:
-        options = {k: str(v) for k, v in tokenizer.init_kwargs.items() if k != "name_or_path"}
-        settings = json.dumps([tokenizer.get_vocab(), options], sort_keys=True)
-
-        def encode_slowly(texts: list[str]) -> list[list[int]]:
-            options = {"add_special_tokens": False, "split_special_tokens": True}
-            return [tokenizer.encode(text, **options) for text in texts]
-
-        return (
-            encode_slowly,
-            lambda text: math.inf,
-            f"{type(tokenizer).__name__} {settings}".encode(),
-        )
-    backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
-    backend = Tokenizer.from_str(backend.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    normalizer = backend.normalizer
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]
-
-    def most_ids(text: str) -> int:
-        return len((normalizer.normalize_str(text) if normalizer else text).encode())
-
-    return encode, most_ids, backend.to_str().encode()
 
 
 def _token_lookup(tokenizer: Any) -> Callable[[int], str]:

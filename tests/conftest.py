@@ -5,14 +5,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
+
+from polar_xtuner.cache import PAIR
 
 settings.register_profile("polar", deadline=None, print_blob=True)
 settings.load_profile("polar")  # a busy machine is no failure
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 DATA_SETS = ("gsm8k", "pandalm", "mt_bench", "arena_hard")
+
+
+def pair_array(pairs: Any) -> Any:
+    """Pairs (chosen, rejected, margin), with or without file and line, as a group has them."""
+    return np.array([(*pair, 0, 0)[:5] for pair in pairs], PAIR)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from polar_xtuner import cache
-from polar_xtuner.cache import ARRAYS, StoreWriter, TokenStore, lay_out, open_or_build
+from polar_xtuner.cache import ARRAYS, Block, StoreWriter, TokenStore, lay_out, open_or_build
 
 REWARD = 9  # ends every sequence and stands nowhere else in it
 
@@ -64,10 +64,16 @@ def test_the_last_id_is_never_shared_even_of_a_single_sequence() -> None:
 def build(*content: tuple[list[list[int]], list[tuple[int, int, float]], tuple[int, int]]) -> Any:
     def build_store(writer: StoreWriter) -> dict[str, Any]:
         for group, pairs, row in content:
-            writer.add(group, pairs, row)
+            write(writer, group, pairs, row)
         return {"rows": len(content)}
 
     return build_store
+
+
+def write(writer: StoreWriter, group: Any, pairs: Any, row: tuple[int, int]) -> None:
+    block = Block()
+    block.add(group, [(*pair, *row) for pair in pairs])
+    writer.write(block.arrays())
 
 
 PAIR_OF_TWO = ([[1, 2, 3, REWARD], [1, 2, REWARD]], [(0, 1, 0.25)], (0, 1))
@@ -85,6 +91,7 @@ GROUP_OF_THREE = (
             groups,
             st.lists(
                 st.tuples(st.integers(0, 9), st.integers(0, 9), st.floats(allow_nan=False)),
+                min_size=1,
                 max_size=3,
             ),
             st.tuples(st.integers(0, 9), st.integers(1, 2**62)),
@@ -92,22 +99,71 @@ GROUP_OF_THREE = (
         max_size=4,
     )
 )
-def test_a_store_gives_back_every_group_pair_margin_and_row(
+def test_a_store_gives_back_every_group_pair_margin_and_row_however_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, content: list[Any]
 ) -> None:
+    content = [
+        (group, [(c % len(group), r % len(group), m) for c, r, m in pairs], row)
+        for group, pairs, row in content
+    ]
     folder = tmp_path_factory.mktemp("cache")
     store = open_or_build(folder, "key", build(*content))
     assert len(store) == len(content)
     for i, (group, pairs, row) in enumerate(content):
         assert sequences_of(store[i].tokens, store[i].pieces) == group
-        assert store[i].pairs.tolist() == pairs
-        assert store.row(i) == row
+        assert store[i].pairs.tolist() == [(*pair, *row) for pair in pairs]
     assert store.lengths.tolist() == [len(lay_out(group)[0]) for group, _, _ in content]
     assert store.pair_counts.tolist() == [len(pairs) for _, pairs, _ in content]
-    alone = [sum(map(len, group)) for group, _, _ in content]
-    assert store.sequence_lengths().tolist() == alone
+    unshared = [sum(len(g[c]) + len(g[r]) for c, r, _ in pairs) for g, pairs, _ in content]
+    assert store.unshared_lengths().tolist() == unshared
+    assert store.attended.tolist() == [seen(group) for group, _, _ in content]
     assert store.meta["rows"] == len(content)
+
+    def in_one_block(writer: StoreWriter) -> dict[str, Any]:
+        block = Block()
+        for group, pairs, row in content:
+            block.add(group, [(*pair, *row) for pair in pairs])
+        writer.write(block.arrays())
+        return {"rows": len(content)}
+
+    open_or_build(folder, "other", in_one_block)
+    for name in ARRAYS:
+        assert (folder / "key" / name).read_bytes() == (folder / "other" / name).read_bytes()
     shutil.rmtree(folder)
+
+
+def seen(group: list[list[int]]) -> int:
+    """Keys that each token of a group sees, one by one."""
+    _, (prefix, *suffixes) = lay_out(group)
+    return sum(range(1, prefix + 1)) + sum(
+        prefix + i for suffix in suffixes for i in range(1, suffix + 1)
+    )
+
+
+@given(group=groups, data=st.data())
+def test_some_pairs_of_a_group_keep_their_candidates_margins_and_rows(
+    group: list[list[int]], data: st.DataObject
+) -> None:
+    numbers = st.integers(0, len(group) - 1)
+    pairs = data.draw(
+        st.lists(st.tuples(numbers, numbers, st.floats(0, 1), st.just(0), st.integers(0, 99)),
+                 min_size=1, max_size=8)
+    )  # fmt: skip
+    chosen = data.draw(st.lists(st.sampled_from(range(len(pairs))), min_size=1, unique=True))
+    block = Block()
+    block.add(group, pairs)
+    arrays = block.arrays()
+    whole = cache.Group(arrays["tokens"], arrays["pieces"], arrays["pairs"])
+    part = whole.only(chosen)
+    candidates = sequences_of(part.tokens, part.pieces)
+
+    def spelled(sequences: Any, pairs: Any) -> Any:
+        return [(sequences[c], sequences[r], *rest) for c, r, *rest in pairs]
+
+    wanted = spelled(group, [pairs[i] for i in chosen])
+    assert spelled(candidates, part.pairs.tolist()) == wanted
+    assert len(candidates) == len({n for i in chosen for n in pairs[i][:2]})
+    assert whole.pairs.tolist() == pairs
 
 
 def test_the_largest_ids_and_offsets_are_kept(tmp_path: Path) -> None:
@@ -163,7 +219,7 @@ def test_a_build_that_raises_leaves_nothing_and_the_next_start_builds(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
     def break_off(writer: StoreWriter) -> dict[str, Any]:
-        writer.add(*PAIR_OF_TWO)
+        write(writer, *PAIR_OF_TWO)
         raise error("midway")
 
     with pytest.raises(error, match="midway"):
@@ -175,12 +231,14 @@ def test_a_build_that_raises_leaves_nothing_and_the_next_start_builds(
 SLOW_BUILD = """
 import sys, time
 from pathlib import Path
-from polar_xtuner.cache import open_or_build
+from polar_xtuner.cache import Block, open_or_build
 
 def build(writer):
     print("building", flush=True)
     for number in range(int(sys.argv[2])):
-        writer.add([[1, 2, 9], [1, number, 3, 9]], [(0, 1, 0.0)], (0, number))
+        block = Block()
+        block.add([[1, 2, 9], [1, number, 3, 9]], [(0, 1, 0.0, 0, number)])
+        writer.write(block.arrays())
         time.sleep(float(sys.argv[3]))
     return {}
 

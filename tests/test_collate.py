@@ -4,10 +4,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import pair_array
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from polar_xtuner.cache import PAIR, Group, lay_out
+from polar_xtuner.cache import Group, lay_out
 from polar_xtuner.collate import PackLayout, collate_pack
 
 REWARD = 9  # ends every sequence and stands nowhere else in it
@@ -38,7 +39,7 @@ def instance(content: Any, weight: float = 0.125) -> dict[str, Any]:
     groups = []
     for group, pairs in content:
         tokens, pieces = lay_out(group)
-        groups.append(Group(np.array(tokens, "u4"), np.array(pieces, "i4"), np.array(pairs, PAIR)))
+        groups.append(Group(np.array(tokens, "u4"), np.array(pieces, "i4"), pair_array(pairs)))
     rows = [f"train.jsonl:{i}" for i in range(len(groups))]
     ids = [int(i) for group in groups for i in group.tokens]
     return {"groups": groups, "pair_weight": weight, "rows": rows, "input_ids": ids, "labels": []}

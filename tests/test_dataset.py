@@ -3,9 +3,10 @@ import json
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,9 +21,11 @@ from mmengine.registry import DATASETS
 from torch.utils.data import DataLoader
 from xtuner.registry import BUILDER, MAP_FUNC
 
+from polar_xtuner import tokenise
+from polar_xtuner.cache import ARRAYS, Group, attended_by
 from polar_xtuner.collate import PackLayout, collate_pack
 from polar_xtuner.dataset import PolarDataset
-from polar_xtuner.packing import Pack, plan_epoch
+from polar_xtuner.packing import Pack, Share, plan_epoch
 from polar_xtuner.records import BadRowsError
 from polar_xtuner.template import Candidate, PolarTemplate
 
@@ -40,6 +43,9 @@ def row(number: int = 0, **fields: Any) -> Raw:
 
 
 BAD_ROW = row(rejected=3)
+
+
+ROWS = [row(number) for number in range(5)]
 
 
 def write(path: Path, rows: list[Raw]) -> Path:
@@ -85,7 +91,11 @@ def stores_in(folder: Path) -> list[Path]:
 
 
 def sequences_of(dataset: PolarDataset, number: int) -> list[list[int]]:
-    tokens, (prefix, *suffixes), _ = dataset.store[number]
+    return spelled(dataset.store[number])
+
+
+def spelled(group: Group) -> list[list[int]]:
+    tokens, (prefix, *suffixes), _ = group
     ends = prefix + np.cumsum(suffixes)
     return [
         [*tokens[:prefix].tolist(), *tokens[end - n : end].tolist()]
@@ -97,8 +107,18 @@ def pairs_of(dataset: PolarDataset, number: int) -> list[tuple[list[int], list[i
     sequences = sequences_of(dataset, number)
     return [
         (sequences[c], sequences[r], margin)
-        for c, r, margin in dataset.store[number].pairs.tolist()
+        for c, r, margin, *_ in dataset.store[number].pairs.tolist()
     ]
+
+
+def pack_of(dataset: PolarDataset, numbers: Iterable[int], pair_weight: float = 1.0) -> Pack:
+    return Pack(tuple(Share(n, 0, int(dataset.pair_counts[n])) for n in numbers), pair_weight)
+
+
+def row_of(dataset: PolarDataset, number: int) -> tuple[int, int]:
+    """Number of the file and line of the one row of a group."""
+    ((file, line),) = {*dataset.store[number].pairs[["file", "line"]].tolist()}
+    return file, line
 
 
 # Rows become groups.
@@ -153,6 +173,101 @@ def test_every_chosen_and_rejected_candidate_of_a_row_make_a_pair(
     assert dataset.lengths.tolist() == [len(dataset.store[n].tokens) for n in range(200)]
 
 
+def merged_rows(seed: int = 0) -> list[Raw]:
+    """Rows of three prompts and two references, in which candidates come again and again."""
+    rng = random.Random(seed)
+    answers = ["", "41", "42", "forty two", "I don't know"]
+    rows = []
+    for number in range(120):
+        better, worse = rng.sample(answers, 2)
+        rows.append(
+            row(
+                number % 3,
+                reference=rng.choice(["31", "42"]),
+                wrapper=rng.choice(["sft", "pretrain"]),
+                chosen=[better] if rng.random() < 0.3 else better,
+                rejected=worse,
+                margin=rng.random(),
+            )
+        )
+    return rows
+
+
+def all_pairs(dataset: PolarDataset) -> list[Any]:
+    """(chosen, rejected, margin, file, line) of all groups that are trained on, sorted."""
+    pairs = []
+    for number in range(len(dataset.lengths)):
+        group = dataset.group(number)
+        assert len(group.tokens) == dataset.lengths[number]
+        assert len(group.pairs) == dataset.pair_counts[number]
+        candidates = spelled(group)
+        assert len({*map(tuple, candidates)}) == len(candidates), "a candidate is laid out twice"
+        pairs += [(candidates[c], candidates[r], *rest) for c, r, *rest in group.pairs.tolist()]
+    return sorted(pairs)
+
+
+def test_rows_of_one_prompt_reference_and_wrapper_make_one_group(
+    build: Callable[..., PolarDataset],
+) -> None:
+    rows = merged_rows()
+    merged, apart = build(rows), build(rows, group_candidates=False)
+    assert len(merged.lengths) == len({(r["prompt"], r["reference"], r["wrapper"]) for r in rows})
+    assert apart.pair_counts.tolist() == [1] * 120
+    assert all_pairs(merged) == all_pairs(apart)
+    assert len(all_pairs(merged)) == 120
+    assert merged.lengths.sum() < apart.lengths.sum() / 5
+    whole = sum(len(c) + len(r) for c, r, *_ in all_pairs(apart))
+    for dataset in (merged, apart):
+        assert dataset.store.unshared_lengths().sum() == whole
+        assert dataset.store.meta["rows"] == 120
+
+
+def test_groups_come_in_the_order_of_their_first_rows(build: Callable[..., PolarDataset]) -> None:
+    dataset = build([row(2), row(1), row(2, chosen="7"), row(3), row(1, chosen="7")])
+    lines = [dataset.group(n).pairs["line"].tolist() for n in range(3)]
+    assert lines == [[1, 3], [2, 5], [4]]
+
+
+def test_pairs_do_not_depend_on_the_number_of_processes_or_the_size_of_chunks(
+    build: Callable[..., PolarDataset], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = some_rows(150) + merged_rows()
+    plain = build(rows, num_proc=1)
+    for characters, processes in ((1, 3), (700, 2), (5000, 1)):
+        monkeypatch.setattr(tokenise, "CHUNK_CHARACTERS", characters)
+        cache = str(tmp_path / f"cache{processes}")
+        other = build(rows, num_proc=processes, cache_dir=cache)
+        for name in ARRAYS:
+            ours, theirs = (next(Path(c).glob(f"*/{name}")) for c in (cache, tmp_path / "cache"))
+            assert ours.read_bytes() == theirs.read_bytes(), name
+        assert all_pairs(other) == all_pairs(plain)
+        assert not [*Path(cache).glob("**/*.spool")]
+
+
+def test_rows_are_named_however_they_were_merged(
+    build: Callable[..., PolarDataset], tmp_path: Path
+) -> None:
+    files = [write(tmp_path / "a.jsonl", ROWS[:2]), write(tmp_path / "b.jsonl", [ROWS[1], ROWS[0]])]
+    dataset = build(data_files=files)
+    assert dataset[pack_of(dataset, (0, 1))]["rows"] == [
+        f"{files[0]}:1", f"{files[1]}:2", f"{files[0]}:2", f"{files[1]}:1"
+    ]  # fmt: skip
+
+
+def test_a_killed_process_is_an_error_that_names_the_setting(
+    build: Callable[..., PolarDataset], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tokenise, "CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(tokenise, "_run", _kill_own_process)
+    with pytest.raises(RuntimeError, match=r"killed.*num_proc"):
+        build(ROWS, num_proc=2)
+    assert not stores_in(tmp_path / "cache")
+
+
+def _kill_own_process(start: int, stop: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_margins_are_those_of_the_rows_and_0_by_default(
     build: Callable[..., PolarDataset],
 ) -> None:
@@ -166,9 +281,9 @@ def test_a_text_given_twice_is_laid_out_once_and_its_pairs_count_twice(
     dataset = build([row(chosen=["42", "42", "41"], rejected=["7", "7"])])
     assert len(sequences_of(dataset, 0)) == 3
     assert dataset.store[0].pairs[["chosen", "rejected"]].tolist() == [
-        *[(0, 2)] * 2,
-        *[(0, 2)] * 2,
-        *[(1, 2)] * 2,
+        *[(0, 1)] * 2,
+        *[(0, 1)] * 2,
+        *[(2, 1)] * 2,
     ]
 
 
@@ -199,7 +314,7 @@ def test_chosen_and_rejected_that_are_equal_once_cut_can_be_skipped(
     dataset = build(rows, on_bad_row="skip")
     assert dataset.store.meta["rows"] == len(dataset.store) == 2
     assert dataset.store.meta["bad_rows"] == 2
-    assert [dataset.store.row(n) for n in range(2)] == [(0, 1), (0, 4)]
+    assert [row_of(dataset, n) for n in range(2)] == [(0, 1), (0, 4)]
 
 
 # Bad rows.
@@ -221,7 +336,7 @@ def test_skipped_rows_are_counted_and_the_others_keep_their_lines(
 ) -> None:
     dataset = build([BAD_ROW, row(1), BAD_ROW, row(3)], on_bad_row="skip")
     assert dataset.store.meta["bad_rows"] == 2
-    assert [dataset.store.row(n)[1] for n in range(len(dataset.store))] == [2, 4]
+    assert [row_of(dataset, n)[1] for n in range(len(dataset.store))] == [2, 4]
 
 
 @pytest.mark.parametrize("rows", [[], [BAD_ROW, BAD_ROW]])
@@ -253,13 +368,13 @@ def test_a_setting_without_meaning_stops_before_any_file_is_read(
     assert name in str(error.value)
 
 
-# Groups that are longer than a pack.
+# Groups and pairs that are longer than a pack.
 
 
 LONG = [row(0), row(1, chosen="7" * 150), row(2), row(3, rejected="8" * 150)]
 
 
-def test_groups_that_do_not_fit_a_pack_are_named_with_their_lengths(
+def test_pairs_that_do_not_fit_a_pack_are_named_with_their_lengths(
     build: Callable[..., PolarDataset], tmp_path: Path
 ) -> None:
     wide = build(LONG)
@@ -269,10 +384,10 @@ def test_groups_that_do_not_fit_a_pack_are_named_with_their_lengths(
         build(LONG, max_packed_length=100)
     for line, length in zip((2, 4), long):
         assert f"{tmp_path / 'train.jsonl'}:{line}: {length} tokens" in str(error.value)
-    assert "2 of 4 groups" in str(error.value) and "on_long_group" in str(error.value)
+    assert "2 pairs do not fit" in str(error.value) and "on_long_group" in str(error.value)
 
 
-def test_groups_that_do_not_fit_a_pack_can_be_left_out(
+def test_pairs_that_do_not_fit_a_pack_can_be_left_out(
     build: Callable[..., PolarDataset], tmp_path: Path
 ) -> None:
     wide = build(LONG)
@@ -280,8 +395,26 @@ def test_groups_that_do_not_fit_a_pack_can_be_left_out(
     assert dataset.lengths.tolist() == wide.lengths[[0, 2]].tolist()
     assert dataset.pair_counts.tolist() == [1, 1]
     path = tmp_path / "train.jsonl"
-    assert dataset[Pack((0, 1), 1.0)]["rows"] == [f"{path}:1", f"{path}:3"]
+    assert dataset[pack_of(dataset, (0, 1))]["rows"] == [f"{path}:1", f"{path}:3"]
     assert {place for pack in dataset for place in pack["rows"]} == {f"{path}:1", f"{path}:3"}
+
+
+@pytest.mark.parametrize("cap", [36, 40, 50])
+def test_a_group_larger_than_a_pack_is_split_and_keeps_every_pair(
+    build: Callable[..., PolarDataset], cap: int
+) -> None:
+    rows = merged_rows()
+    rows += [row(9, chosen=[*"abcdefgh"], rejected=[*"ijklmnopq"], margin=0.5)]
+    whole, split = build(rows), build(rows, max_packed_length=cap)
+    assert max(whole.lengths) > cap
+    assert max(split.lengths) <= cap
+    assert all_pairs(split) == all_pairs(whole)
+    places = [place for pack in split for place in pack["rows"]]
+    assert len({*places}) == 121
+    one_by_one = [
+        attended_by(split.group(n).pieces, np.array([0])) for n in range(len(split.lengths))
+    ]
+    assert split.attended.tolist() == [int(n[0]) for n in one_by_one]
 
 
 def test_a_group_of_exactly_a_pack_fits(build: Callable[..., PolarDataset]) -> None:
@@ -303,9 +436,6 @@ def tokenises(build: Callable[..., PolarDataset], encoded: list[int], **options:
     before = len(encoded)
     build(**options)
     return len(encoded) > before
-
-
-ROWS = [row(number) for number in range(5)]
 
 
 def test_a_second_start_tokenises_nothing(
@@ -364,6 +494,7 @@ def test_files_are_told_apart_even_where_their_joint_content_is_the_same(
         {"reward_token_id": 1000},
         {"on_bad_row": "skip"},
         {"dataset_map_fn": dict},
+        {"group_candidates": False},
     ],
 )
 def test_a_setting_that_changes_ids_or_rows_changes_the_key(
@@ -383,7 +514,9 @@ def test_another_tokenizer_changes_the_key(
     assert tokenises(build, encoded, rows=ROWS, tokenizer=other)
 
 
-@pytest.mark.parametrize("options", [{"max_packed_length": 300}, {"on_long_group": "skip"}])
+@pytest.mark.parametrize(
+    "options", [{"max_packed_length": 300}, {"on_long_group": "skip"}, {"num_proc": 3}]
+)
 def test_packing_does_not_change_the_key(
     build: Callable[..., PolarDataset], encoded: list[int], options: Raw
 ) -> None:
@@ -618,7 +751,7 @@ def test_a_pack_is_its_groups_their_weight_and_where_their_rows_stand(
 ) -> None:
     files = [write(tmp_path / "a.jsonl", ROWS[:2]), write(tmp_path / "b.jsonl", ROWS[2:])]
     dataset = build(data_files=files)
-    pack = dataset[Pack((3, 0), 0.25)]
+    pack = dataset[pack_of(dataset, (3, 0), 0.25)]
     assert pack["pair_weight"] == 0.25
     assert pack["rows"] == [f"{files[1]}:2", f"{files[0]}:1"]
     for group, number in zip(pack["groups"], (3, 0), strict=True):
@@ -634,7 +767,7 @@ def test_labels_mark_chosen_with_0_and_rejected_with_1_at_their_reward_tokens(
     ids, labels = np.array(pack["input_ids"]), np.array(pack["labels"])
     reward = demo_tokenizer.convert_tokens_to_ids("[UNUSED_TOKEN_130]")
     assert (labels != -100).tolist() == (ids == reward).tolist()
-    of_row = {"1": [0, 0, 1, 1, 1], "2": [0, 1]}
+    of_row = {"1": [0, 1, 1, 1, 0], "2": [0, 1]}
     expected = [label for place in pack["rows"] for label in of_row[place.rpartition(":")[2]]]
     assert len(expected) == 7
     assert labels[labels != -100].tolist() == expected
@@ -657,7 +790,7 @@ def test_a_pack_that_is_collated_holds_the_sequences_of_its_rows(
     build: Callable[..., PolarDataset],
 ) -> None:
     dataset = build(some_rows(20))
-    data = collate_pack([dataset[Pack((3, 11, 7), 1.0)]])["data"]
+    data = collate_pack([dataset[pack_of(dataset, (3, 11, 7))]])["data"]
     layout = PackLayout(**data["layout"])
     keys = layout.gather(data["input_ids_T"][:, None, None])[:, 0, 0]
     sequences = [piece.tolist() for piece in keys.split(layout.key_lengths)]
@@ -666,8 +799,10 @@ def test_a_pack_that_is_collated_holds_the_sequences_of_its_rows(
 
 def test_workers_serve_the_packs_of_a_plan(build: Callable[..., PolarDataset]) -> None:
     dataset = build(some_rows(60), max_packed_length=500)
-    plan = plan_epoch(dataset.lengths, dataset.pair_counts, 500, ranks=2)
-    packs = [slot[1] for step in plan for slot in step]
+    lengths, pairs = dataset.lengths, dataset.pair_counts
+    plan = plan_epoch(lengths, pairs, lengths, 500, pairs_per_step=40, ranks=2, accumulation=20)
+    packs = [plan.pack(iteration, 1) for iteration in range(plan.iterations)]
+    assert any(share.stop < pairs[share.group] for pack in packs for share in pack.shares)
     loader = DataLoader(
         dataset, batch_size=1, sampler=packs, num_workers=2, collate_fn=collate_pack
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import pair_array
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from xtuner.tools.model_converters.modeling_internlm2_reward.configuration_inter
 
 from polar_xtuner import modeling_internlm2
 from polar_xtuner.attention import sdpa_attention
-from polar_xtuner.cache import PAIR, Group, lay_out
+from polar_xtuner.cache import Group, lay_out
 from polar_xtuner.collate import PackLayout, collate_pack
 from polar_xtuner.modeling_internlm2 import (
     HEAD,
@@ -60,7 +61,7 @@ def pack_of(*groups):
     packed = []
     for sequences in groups:
         tokens, pieces = lay_out(sequences)
-        pairs = np.array([(0, len(sequences) - 1, 0.0)], PAIR)
+        pairs = pair_array([(0, len(sequences) - 1, 0.0)])
         packed.append(Group(np.array(tokens), np.array(pieces), pairs))
     return collate_pack([{"groups": packed, "pair_weight": 1.0, "rows": []}])["data"]
 

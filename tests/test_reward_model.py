@@ -5,15 +5,16 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import pair_array
 from mmengine.registry import MODELS
 from peft import LoraConfig
 from torch.nn import functional as F
 from xtuner.registry import BUILDER
 
-from polar_xtuner import reward_model
-from polar_xtuner.cache import PAIR, Group, lay_out
+from polar_xtuner.cache import Group, lay_out
 from polar_xtuner.collate import collate_pack
 from polar_xtuner.losses import BradleyTerryLoss
+from polar_xtuner.metrics import PAIR_SUMS
 from polar_xtuner.modeling_internlm2 import (
     InternLM2Config,
     InternLM2ForRewardModel,
@@ -61,7 +62,7 @@ def pack(pair_weight=0.25, seed=0):
         prefix = rng.integers(1, REWARD, 5).tolist()
         sequences = [[*prefix, number + 1, 2 * i + 1, REWARD] for i in range(3)]
         tokens, pieces = lay_out(sequences)
-        pairs = np.array([(0, 1, 0.0), (2, 0, 0.5)], PAIR)
+        pairs = pair_array([(0, 1, 0.0), (2, 0, 0.5)])
         groups.append(Group(np.array(tokens), np.array(pieces), pairs))
     return collate_pack([{"groups": groups, "pair_weight": pair_weight, "rows": []}])["data"]
 
@@ -166,49 +167,42 @@ def test_mode_loss_gives_the_loss_of_the_rewards_and_its_gradient(options):
         torch.testing.assert_close(ours, gradient)
 
 
-def test_the_logged_numbers_are_plain_means_over_pairs():
+def test_what_it_reports_is_sums_over_pairs_and_holds_no_graph():
     model, data = PolarRewardModel(random_llm()), pack()
-    logged = model(data, mode="loss")
-    rewards = model(data)
+    losses = model(data, mode="loss")
+    assert losses.keys() == {"loss", "sums"}
+    rewards = model(data).detach().double()
     r_c, r_r = rewards[data["chosen_P"]], rewards[data["rejected_P"]]
     truth = {
-        "accuracy": (r_c > r_r).float().mean(),
-        "margin": (r_c - r_r).mean(),
-        "chosen_reward": r_c.mean(),
-        "rejected_reward": r_r.mean(),
-        "pairs": 6,
+        "pairs": torch.tensor(6.0).double(),
+        "correct": (r_c > r_r).sum().double(),
+        "ties": (r_c == r_r).sum().double(),
+        "chosen": r_c.sum(),
+        "rejected": r_r.sum(),
+        "chosen_squares": r_c.square().sum(),
+        "rejected_squares": r_r.square().sum(),
     }
-    assert logged.keys() == {"loss", *truth}
-    for name, value in truth.items():
-        assert float(logged[name]) == pytest.approx(float(value), rel=1e-5), name
-        assert not logged[name].requires_grad
+    assert tuple(truth) == PAIR_SUMS
+    torch.testing.assert_close(losses["sums"], torch.stack([*truth.values()]))
+    loss, reported = model.parse_losses(losses)
+    assert loss is losses["loss"]
+    assert loss.requires_grad
+    assert not any(value.requires_grad for value in reported.values())
+    assert torch.equal(reported["loss"], loss.detach())
+    assert torch.equal(model.pack_loss, loss.detach())
 
 
-def test_over_ranks_values_are_of_all_and_gradients_of_one(monkeypatch):
-    model = PolarRewardModel(random_llm())
-    mine, theirs = pack(seed=1), pack(seed=2)
-    theirs = {**theirs, "chosen_P": theirs["chosen_P"][:4], "rejected_P": theirs["rejected_P"][:4]}
-    theirs |= {name: theirs[name][:4] for name in ("pair_weights_P", "margins_P")}
-    alone = [model(data, mode="loss") for data in (mine, theirs)]
-    truth = torch.autograd.grad(alone[0]["loss"], [*model.parameters()])
-
-    sums = []
-    monkeypatch.setattr(reward_model, "get_world_size", lambda: 2)
-    monkeypatch.setattr(reward_model, "all_reduce", lambda x: sums.append(x.clone()))
-    model(theirs, mode="loss")
-    monkeypatch.setattr(reward_model, "all_reduce", lambda x: x.add_(sums[0]))
-    logged = model(mine, mode="loss")
-
-    assert float(logged["pairs"]) == 10
-    for name in ("accuracy", "margin", "chosen_reward", "rejected_reward"):
-        mean = (6 * alone[0][name] + 4 * alone[1][name]) / 10
-        assert float(logged[name]) == pytest.approx(float(mean), rel=1e-5), name
-    # Weights hold a factor of the world size (packing.py), so the ranks' mean is the step's loss.
-    mean = (alone[0]["loss"] + alone[1]["loss"]) / 2
-    assert logged["loss"].item() == pytest.approx(mean.item(), rel=1e-6)
-    assert model.pack_loss.item() == pytest.approx(alone[0]["loss"].item(), rel=1e-6)
-    for ours, gradient in zip(torch.autograd.grad(logged["loss"], [*model.parameters()]), truth):
-        torch.testing.assert_close(ours, gradient)
+def test_a_packs_tensors_go_to_the_device_and_its_lists_stay():
+    model, batch = PolarRewardModel(random_llm()), {"data": pack(), "data_samples": {"rows": ["a"]}}
+    model.data_preprocessor.to("meta")
+    moved = model.data_preprocessor(batch, training=True)
+    tensors = [v for v in moved["data"].values() if isinstance(v, torch.Tensor)]
+    layout = moved["data"]["layout"]
+    tensors += [layout["cu_seqlens_q"], layout["cu_seqlens_k"]]
+    assert len(tensors) == 9
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert layout["query_lengths"] is batch["data"]["layout"]["query_lengths"]
+    assert moved["data_samples"] == {"rows": ["a"]}
 
 
 def test_training_makes_it_prefer_what_is_chosen():
@@ -219,9 +213,9 @@ def test_training_makes_it_prefer_what_is_chosen():
         optimizer.zero_grad()
         model(data, mode="loss")["loss"].backward()
         optimizer.step()
-    logged = model(data, mode="loss")
-    assert float(logged["accuracy"]) == 1
-    assert logged["loss"] < 0.2 * before
+    rewards = model(data)
+    assert (rewards[data["chosen_P"]] > rewards[data["rejected_P"]]).all()
+    assert model(data, mode="loss")["loss"] < 0.2 * before
 
 
 # ---- State
@@ -335,7 +329,8 @@ def test_adapters_that_lack_a_tensor_are_refused_by_name(tmp_path):
 
 def test_a_pack_that_only_fills_a_step_counts_no_pair():
     filling = PolarRewardModel(random_llm())(pack(pair_weight=0.0), mode="loss")
-    assert filling["loss"] == filling["pairs"] == filling["accuracy"] == 0
+    assert filling["loss"] == 0
+    assert not filling["sums"].any()
 
 
 def test_the_init_that_mmengine_asks_for_leaves_every_tensor_alone():

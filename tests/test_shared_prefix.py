@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from conftest import pair_array
 from torch.nn import functional as F
 
-from polar_xtuner.cache import PAIR, Group, lay_out
+from polar_xtuner.cache import Group, lay_out
 from polar_xtuner.collate import PackLayout, collate_pack
 from polar_xtuner.modeling_internlm2 import (
     InternLM2Config,
@@ -38,7 +39,7 @@ class PlainGroup:
 
     def laid_out(self):
         tokens, pieces = lay_out(self.sequences)
-        return Group(np.array(tokens), np.array(pieces), np.array(self.pairs, PAIR))
+        return Group(np.array(tokens), np.array(pieces), pair_array(self.pairs))
 
 
 def reward_model(checkpointing=False, seed=0, vocab_size=VOCAB):
@@ -284,18 +285,21 @@ def test_a_candidate_does_not_see_the_others_of_its_group():
 
 
 def spreads(groups):
-    """Plans of one optimizer step: the same groups in other packs, slots and ranks."""
+    """Plans of one optimizer step: the same pairs in other packs, slots and ranks."""
     lengths = np.array([len(lay_out(g.sequences)[0]) for g in groups])
     pairs = np.array([len(g.pairs) for g in groups])
     for ranks, accumulation in ((1, 1), (1, 2), (2, 1), (3, 1), (2, 2), (1, 5), (2, 3)):
-        for seed in range(2):
-            (step,) = plan_epoch(
-                lengths, pairs, lengths.sum(), seed=seed, ranks=ranks, accumulation=accumulation
-            )
-            assert sorted(g for slot in step for p in slot for g in p.groups) == [
-                *range(len(groups))
-            ]
-            yield step
+        per_step = ranks * accumulation
+        cap = max(lengths.max(), lengths.sum() // max(1, per_step - 1))
+        for seed, pairs_per_step in ((0, None), (1, pairs.sum())):
+            plan = plan_epoch(
+                lengths, pairs, lengths, int(lengths.sum() if per_step == 1 else cap),
+                seed=seed, pairs_per_step=pairs_per_step, ranks=ranks, accumulation=accumulation,
+            )  # fmt: skip
+            assert plan.steps == 1
+            packs = [plan.pack(i, rank) for i in range(plan.iterations) for rank in range(ranks)]
+            assert sorted(s.group for p in packs for s in p.shares) == [*range(len(groups))]
+            yield packs
 
 
 def test_an_optimizer_step_has_one_gradient_however_its_pairs_are_spread():
@@ -307,13 +311,14 @@ def test_an_optimizer_step_has_one_gradient_however_its_pairs_are_spread():
     model = reward_model()
     truth = loss_and_gradients(model, lambda: separate_loss(model, groups))
     numbers = set()
-    for step in spreads(groups):
-        packs = [pack for slot in step for pack in slot]
+    for packs in spreads(groups):
 
         def loss_of_step(packs=packs):
             # What the engines do: average over the accumulation slots and over the ranks.
             losses = [
-                model(collated([groups[i] for i in p.groups], p.pair_weight), mode="loss")["loss"]
+                model(collated([groups[s.group] for s in p.shares], p.pair_weight), mode="loss")[
+                    "loss"
+                ]
                 for p in packs
             ]
             return sum(losses) / len(packs)

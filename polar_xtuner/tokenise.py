@@ -1,0 +1,259 @@
+"""Rows -> store: what `dataset.py` does once for each data set.
+
+Two passes, so that neither rows nor ids are held in memory. The first reads and checks all rows and
+puts the texts of sound ones into a file beside the store, with one small entry a row in an index:
+where it stands, and a key of its prompt, reference and wrapper. Then rows of equal keys are brought
+together, and the second pass tokenises them chunk by chunk in several processes, in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import marshal
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from hashlib import blake2b
+from itertools import groupby, product
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from polar_xtuner.cache import Block, StoreWriter
+from polar_xtuner.records import BadRow, Row, RowCheck, RowError
+from polar_xtuner.template import Candidate, PolarTemplate
+
+CHUNK_CHARACTERS = 1 << 21
+"""Characters that are tokenised in one go (or one group, if that has more)."""
+
+MOST_PROCESSES = 16
+"""That tokenise unless told otherwise: more would wait for the one that reads and writes."""
+
+ENTRY = np.dtype([("key", "u8"), ("start", "i8"), ("size", "i8"), ("characters", "i8")])
+
+
+def tokenise(
+    rows: Iterable[Row | BadRow],
+    template: PolarTemplate,
+    writer: StoreWriter,
+    *,
+    names: Sequence[str],
+    on_bad_row: str = "error",
+    group_candidates: bool = True,
+    num_proc: int | None = None,
+) -> dict[str, Any]:
+    """Write the groups of `rows` to a store.
+
+    Args:
+        names: of the files, as rows have them; a pair holds its number.
+        on_bad_row: see `RowCheck`; "error" stops before anything is tokenised.
+        group_candidates: False makes a group of every pair.
+        num_proc: processes; None is one a core, 16 at most.
+
+    Returns:
+        `rows` and `bad_rows`, counted.
+
+    Raises:
+        BadRowsError: rows are bad and `on_bad_row` is "error".
+        RuntimeError: a process was killed.
+    """
+    check, uncut = RowCheck(on_bad_row), RowCheck(on_bad_row)
+    path = writer.folder / "rows.spool"
+    try:
+        with open(path, "wb") as file:
+            good = tqdm(check.accept(rows), "Reading", unit=" rows", delay=1, mininterval=1)
+            index = np.fromiter(_spool(good, file, names), ENTRY)
+        if group_candidates:
+            index = index[_grouped(index["key"])]
+        job = _Job(path, index, template, group_candidates)
+        with tqdm(total=len(index), desc="Tokenising", unit=" rows", delay=1, mininterval=1) as bar:
+            for done in _in_order(job, _chunks(index, group_candidates), num_proc or _processes()):
+                writer.write(done.arrays)
+                uncut.rows += done.rows
+                for bad in done.bad:
+                    uncut.note(BadRow((RowError(names[bad.file], bad.line, "chosen", _EQUAL),)))
+                bar.update(done.rows)
+        uncut.finish()
+    finally:
+        path.unlink(missing_ok=True)
+    return {"rows": uncut.rows - uncut.bad, "bad_rows": check.bad + uncut.bad}
+
+
+_EQUAL = "equals a rejected candidate once both are cut to the length limits"
+
+
+class _Texts(NamedTuple):
+    """A sound row, as it waits in the file."""
+
+    prompt: str
+    reference: str
+    wrapper: str
+    chosen: tuple[str, ...]
+    rejected: tuple[str, ...]
+    margin: float
+    file: int
+    line: int
+
+
+def _spool(
+    rows: Iterable[Row], file: IO[bytes], names: Sequence[str]
+) -> Iterator[tuple[int, int, int, int]]:
+    """Write the texts of rows to `file` and give the index entry of each."""
+    numbers = {name: number for number, name in enumerate(names)}
+    start = 0
+    for row in rows:
+        prefix = (row.prompt, row.reference, row.wrapper)
+        place = (row.margin, numbers[row.file], row.line)
+        data = marshal.dumps((*prefix, row.chosen, row.rejected, *place))
+        file.write(data)
+        texts = (*row.chosen, *row.rejected)
+        characters = sum(map(len, texts)) + len(texts) * (len(row.prompt) + len(row.reference))
+        yield _key(prefix), start, len(data), characters
+        start += len(data)
+
+
+def _key(texts: Iterable[str]) -> int:
+    digest = blake2b(digest_size=8)
+    for text in texts:
+        data = text.encode(errors="surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _grouped(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Row numbers with equal keys side by side, groups in the order of their first rows."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return np.argsort(first[inverse], kind="stable")
+
+
+def _chunks(index: NDArray[Any], grouped: bool) -> Iterator[tuple[int, int]]:
+    """First and last row of chunks of about `CHUNK_CHARACTERS`, which divide no group."""
+    ends = np.cumsum(index["characters"])
+    borders = np.arange(1, len(index) + 1)
+    if grouped:
+        borders = np.append(np.flatnonzero(np.diff(index["key"])) + 1, len(index))
+    start = done = 0
+    while start < len(index):
+        full = np.searchsorted(ends, done + CHUNK_CHARACTERS) + 1
+        stop = int(borders[min(np.searchsorted(borders, full), len(borders) - 1)])
+        yield start, stop
+        start, done = stop, int(ends[stop - 1])
+
+
+class _Done(NamedTuple):
+    rows: int
+    arrays: dict[str, NDArray[Any]]
+    bad: list[_Texts]
+
+
+class _Job(NamedTuple):
+    """What a process needs to tokenise any chunk."""
+
+    path: Path
+    entries: NDArray[Any]
+    template: PolarTemplate
+    group_candidates: bool
+
+    def run(self, start: int, stop: int) -> _Done:
+        rows = self._read(start, stop)
+        ids = map(
+            tuple,
+            self.template.encode(
+                [
+                    Candidate(row.prompt, row.reference, text, row.wrapper)
+                    for row in rows
+                    for text in (*row.chosen, *row.rejected)
+                ]
+            ),
+        )
+        block, bad = Block(), []
+        for _, members in groupby(rows, key=lambda row: row[:3]):
+            pairs: list[tuple[Any, ...]] = []
+            for row in members:
+                chosen, rejected = [
+                    [next(ids) for _ in texts] for texts in (row.chosen, row.rejected)
+                ]
+                if set(chosen) & set(rejected):
+                    bad.append(row)
+                else:
+                    place = (row.margin, row.file, row.line)
+                    pairs += [(*pair, *place) for pair in product(chosen, rejected)]
+            groups = [pairs] if self.group_candidates else [[pair] for pair in pairs]
+            for group in filter(None, groups):
+                numbers: dict[tuple[int, ...], int] = {}
+                for pair in group:
+                    for candidate in pair[:2]:
+                        numbers.setdefault(candidate, len(numbers))
+                block.add([*numbers], [(numbers[c], numbers[r], *place) for c, r, *place in group])
+        return _Done(stop - start, block.arrays(), bad)
+
+    def _read(self, start: int, stop: int) -> list[_Texts]:
+        with open(self.path, "rb") as file:
+            places = self.entries[start:stop][["start", "size"]].tolist()
+            return [
+                _Texts(*marshal.loads(os.pread(file.fileno(), size, at))) for at, size in places
+            ]
+
+
+def _processes() -> int:
+    return min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+
+
+def _in_order(job: _Job, chunks: Iterable[tuple[int, int]], processes: int) -> Iterator[_Done]:
+    """What comes of each chunk; a few are under way at a time, so that memory stays bounded."""
+    jobs = [*chunks]
+    processes = min(processes, len(jobs))
+    if processes < 2:
+        yield from (job.run(*chunk) for chunk in jobs)
+        return
+    job.template.encode([])  # what it builds at first use is then shared
+    context = multiprocessing.get_context("fork")  # a child finds the job in its memory
+    pool = ProcessPoolExecutor(processes, context, _start, (job,))
+    with pool, _one_thread_each():
+        pending: deque[Future[_Done]] = deque()
+        try:
+            for chunk in jobs:
+                pending.append(pool.submit(_run, *chunk))
+                if len(pending) > 2 * processes:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a process that tokenises was killed, perhaps for want of memory: set num_proc "
+                "to a smaller number"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """The processes are what runs in parallel; and tokenizers warns of a fork otherwise."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+_job: _Job
+
+
+def _start(job: _Job) -> None:
+    global _job
+    _job = job
+
+
+def _run(start: int, stop: int) -> _Done:
+    return _job.run(start, stop)
