@@ -23,26 +23,34 @@ SPACE = "▁"
 
 _HOLDS_BYTE = re.compile(r".<0x[0-9A-F]{2}>|<0x[0-9A-F]{2}>.", re.DOTALL)
 
-REMEMBERED_WORDS, LONGEST_WORD = 1 << 20, 64
+REMEMBERED_WORDS, LONGEST_WORD = 1 << 18, 64
 """Words that are remembered at most, and the characters of the longest of them."""
 
 
 def encoder_of(tokenizer: Any) -> FastEncoder | SlowEncoder:
     """For a transformers tokenizer or a `tokenizers.Tokenizer`."""
     if isinstance(tokenizer, Tokenizer):
-        return FastEncoder(tokenizer)
-    return FastEncoder(tokenizer.backend_tokenizer) if tokenizer.is_fast else SlowEncoder(tokenizer)
+        return FastEncoder(tokenizer.to_str())
+    if tokenizer.is_fast:
+        return FastEncoder(tokenizer.backend_tokenizer.to_str())
+    return SlowEncoder(tokenizer)
 
 
 class FastEncoder:
-    """Encodes through a copy of a fast tokenizer."""
+    """Encodes through a copy of a fast tokenizer.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._settings = tokenizer.to_str()
-        self._normalizer = tokenizer.normalizer
+    Args:
+        settings: the tokenizer, as `Tokenizer.to_str` gives it.
+    """
+
+    def __init__(self, settings: str) -> None:
+        self._settings = settings
         self._memo: dict[str, list[int]] = {}
         self.identity = self._settings.encode()
         """Equal for two encoders only if they give every text the same ids."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FastEncoder, (self._settings,)
 
     def encode(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of every text."""
@@ -65,9 +73,13 @@ class FastEncoder:
 
         (NFC, for one, can make three characters of one.)
         """
-        if self._normalizer is None or self._word is not None:  # a space becomes one token
+        normalizer = self._copy.normalizer
+        if normalizer is None or self._word is not None:  # a space becomes one token
             return len(text.encode())
-        return len(self._normalizer.normalize_str(text).encode())
+        return len(normalizer.normalize_str(text).encode())
+
+    def token(self, token_id: int) -> str:
+        return self._copy.id_to_token(token_id)
 
     def separable(self, left: str, right: str) -> bool:
         """Whether the ids of `left + right` are those of `left` and then those of `right`."""
@@ -137,6 +149,9 @@ class SlowEncoder:
 
     def most_ids(self, text: str) -> float:
         return math.inf
+
+    def token(self, token_id: int) -> str:
+        return self._tokenizer.convert_ids_to_tokens(token_id)
 
     def separable(self, left: str, right: str) -> bool:
         return not left or not right

@@ -87,7 +87,7 @@ class Pack:
     pair_weight: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """The packs of an epoch, for every iteration (a slot of an optimizer step) and rank."""
 
@@ -156,9 +156,15 @@ def plan_epoch(
             "or more data"
         )
     groups = _Groups(lengths.tolist(), pairs.tolist(), costs.tolist(), cap)
-    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
     if pairs_per_step is None:
-        steps = _filled(groups, order, lengths, per_step)
+        steps = _filled(groups, order, lengths, per_step, random)
+    elif pairs_per_step < per_step:
+        raise ValueError(
+            f"pairs_per_step={pairs_per_step} is less than one pair for each of the {ranks} ranks "
+            f"x {accumulation} accumulation steps: raise it, or lower accumulative_counts"
+        )
     else:
         steps = _of_pairs(groups, order.tolist(), pairs_per_step, ranks, accumulation)
     shortest = int(lengths.argmin())
@@ -214,6 +220,11 @@ class _Groups(NamedTuple):
             room[pack] -= length
         return spread, left
 
+    def place(self, shares: list[Share], packs: int, may_leave: int) -> tuple[Step, list[Share]]:
+        """`spread`, or `fit` where that leaves `may_leave` tokens or more."""
+        spread, left = self.spread(shares, packs)
+        return self.fit(shares, packs) if self.tokens(left) >= may_leave else (spread, left)
+
     def fit(self, shares: list[Share], packs: int) -> tuple[Step, list[Share]]:
         """The same for groups so long that few fit a pack: each where it leaves least room."""
         ordered = self._costliest_first(shares)
@@ -230,57 +241,61 @@ class _Groups(NamedTuple):
 
 
 def _filled(
-    groups: _Groups, order: NDArray[np.int64], lengths: NDArray[np.int64], per_step: int
+    groups: _Groups,
+    order: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    per_step: int,
+    random: np.random.Generator,
 ) -> list[Step]:
-    """As few steps as hold all groups, their packs about equally full."""
+    """As few steps as hold all groups, the packs of a window about equally full."""
     ends = np.cumsum(lengths[order])
     a_step = groups.cap * per_step
     count = max(math.ceil(ends[-1] / a_step), math.floor(FULL * ends[-1] / a_step))
-    while True:
-        windows = max(1, count * per_step // WINDOW)
-        firsts = np.arange(windows + 1) * count // windows  # step that each window begins with
-        cuts = np.searchsorted(ends, ends[-1] * firsts[1:-1] / count)
-        steps: list[Step] = []
-        left: list[Share] = []
-        for members, size in zip(np.split(order, cuts), np.diff(firsts).tolist()):
-            shares = left + [groups.whole(group) for group in members.tolist()]
-            packs, left = groups.spread(shares, size * per_step)
-            if left:
-                packs, left = min(
-                    (packs, left),
-                    groups.fit(shares, size * per_step),
-                    key=lambda result: groups.tokens(result[1]),
-                )
-            packs.sort(key=bool, reverse=True)  # empty ones last, so that steps share them
-            steps += [packs[step::size] for step in range(size)]
-        if not left:
-            return [step for step in steps if any(step)]
-        count += math.ceil(groups.tokens(left) / a_step)
+    windows = min(count, math.ceil(count * per_step / WINDOW))
+    firsts = np.arange(windows + 1) * count // windows  # step that each window begins with
+    cuts = np.searchsorted(ends, ends[-1] * firsts[1:-1] / count)
+    steps: list[Step] = []
+    left: list[Share] = []
+    for number, members in enumerate(np.split(order, cuts)):
+        shares = left + [groups.whole(group) for group in members.tolist()]
+        size = int(firsts[number + 1] - firsts[number])
+        may_leave = a_step if number + 1 < windows else 1  # tokens that go to the next window
+        packs, left = groups.place(shares, size * per_step, may_leave)
+        while groups.tokens(left) >= may_leave:
+            size += max(1, groups.tokens(left) // a_step)
+            packs, left = groups.place(shares, size * per_step, may_leave)
+        packs = [packs[i] for i in random.permutation(len(packs))]
+        packs.sort(key=bool, reverse=True)  # empty ones last, so that steps share them
+        steps += filter(any, (packs[step::size] for step in range(size)))
+    return steps
 
 
 def _of_pairs(
     groups: _Groups, order: list[int], pairs_per_step: int, ranks: int, accumulation: int
 ) -> list[Step]:
     """Steps of exactly so many pairs, the last one of those that are left."""
-    if pairs_per_step < ranks * accumulation:
-        raise ValueError(
-            f"pairs_per_step={pairs_per_step} is less than one pair for each of the {ranks} ranks "
-            f"x {accumulation} accumulation steps: raise it, or lower accumulative_counts"
-        )
-    steps, needed = [], accumulation
-    for shares in _by_pairs(groups, order, pairs_per_step):
-        packs, left = groups.spread(shares, ranks * needed)
-        while left:
-            needed += 1
-            packs, left = groups.spread(shares, ranks * needed)
-        steps.append(packs)
-    if needed > accumulation:
-        raise ValueError(
-            f"pairs_per_step={pairs_per_step} pairs do not fit {ranks} ranks x {accumulation} "
-            f"packs of {groups.cap} tokens: set accumulative_counts={needed}, or raise "
-            "max_packed_length"
-        )
-    return steps
+    steps = [*_by_pairs(groups, order, pairs_per_step)]
+    packed = _packed(groups, steps, ranks * accumulation)
+    if packed is not None:
+        return packed
+    most = min(pairs_per_step, len(order)) // ranks
+    enough = (a for a in range(accumulation + 1, most + 1) if _packed(groups, steps, ranks * a))
+    works = next(enough, None)
+    advice = "lower pairs_per_step" if works is None else f"set accumulative_counts={works}"
+    raise ValueError(
+        f"{pairs_per_step} pairs a step do not fit {ranks} ranks x {accumulation} packs of "
+        f"{groups.cap} tokens: {advice}, or raise max_packed_length"
+    )
+
+
+def _packed(groups: _Groups, steps: list[list[Share]], packs: int) -> list[Step] | None:
+    packed = []
+    for shares in steps:
+        step, left = groups.place(shares, packs, may_leave=1)
+        if left:
+            return None
+        packed.append(step)
+    return packed
 
 
 def _by_pairs(groups: _Groups, order: list[int], pairs_per_step: int) -> Iterator[list[Share]]:

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from polar_xtuner.encoder import encoder_of
+from polar_xtuner.encoder import FastEncoder, encoder_of
 
 TEMPLATE_VERSION = 1
 """Part of every cache key: raise it whenever the same row would get other ids."""
@@ -110,12 +110,16 @@ class PolarTemplate:
         if len(self._forbidden) != 4:
             raise ValueError(f"these must be four different ids: {self.special_ids}")
         self._spelled: dict[int, list[int]] = {}
-        self._token_of = _token_lookup(tokenizer)
         settings = [TEMPLATE_VERSION, max_length, max_response_length, self.special_ids]
         self.fingerprint = hashlib.sha256(
             self._encoder.identity + json.dumps(settings).encode()
         ).hexdigest()
         """Equal for two templates only if they give every candidate the same ids."""
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether the tokenizer is of the `tokenizers` library."""
+        return isinstance(self._encoder, FastEncoder)
 
     def encode(self, candidates: Sequence[Candidate]) -> list[list[int]]:
         """Ids of every candidate, each at most `max_length`, in order.
@@ -201,11 +205,12 @@ class PolarTemplate:
     def _spell(self, token_id: int) -> list[int]:
         """A special token's text, one character at a time."""
         if token_id not in self._spelled:
-            characters = self._encoder.encode([*self._token_of(token_id)])
+            token = self._encoder.token(token_id)
+            characters = self._encoder.encode([*token])
             spelled = [i for ids in characters for i in ids]
             if not self._forbidden.isdisjoint(spelled):
                 raise ValueError(
-                    f"token {token_id} is {self._token_of(token_id)!r}, which any text can hold: "
+                    f"token {token_id} is {token!r}, which any text can hold: "
                     "set separator_token_id and reward_token_id to tokens made for them"
                 )
             self._spelled[token_id] = spelled
@@ -223,12 +228,6 @@ def _valid_unicode(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _token_lookup(tokenizer: Any) -> Callable[[int], str]:
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer.id_to_token
-    return tokenizer.convert_ids_to_tokens
 
 
 def _named_id(tokenizer: Any, attribute: str, token: str) -> int:

@@ -8,14 +8,10 @@ together, and the second pass tokenises them chunk by chunk in several processes
 
 from __future__ import annotations
 
-import contextlib
 import marshal
-import multiprocessing
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import groupby, product
 from pathlib import Path
@@ -28,8 +24,9 @@ from tqdm import tqdm
 from polar_xtuner.cache import Block, StoreWriter
 from polar_xtuner.records import BadRow, Row, RowCheck, RowError
 from polar_xtuner.template import Candidate, PolarTemplate
+from polar_xtuner.workers import WorkerError, run_in_order
 
-CHUNK_CHARACTERS = 1 << 21
+CHUNK_CHARACTERS = 1 << 20
 """Characters that are tokenised in one go (or one group, if that has more)."""
 
 MOST_PROCESSES = 16
@@ -61,7 +58,7 @@ def tokenise(
 
     Raises:
         BadRowsError: rows are bad and `on_bad_row` is "error".
-        RuntimeError: a process was killed.
+        WorkerError: a process was killed.
     """
     check, uncut = RowCheck(on_bad_row), RowCheck(on_bad_row)
     path = writer.folder / "rows.spool"
@@ -71,9 +68,10 @@ def tokenise(
             index = np.fromiter(_spool(good, file, names), ENTRY)
         if group_candidates:
             index = index[_grouped(index["key"])]
-        job = _Job(path, index, template, group_candidates)
+        chunks = [index[start:stop] for start, stop in _chunks(index, group_candidates)]
+        job = _Job(path, template, group_candidates)
         with tqdm(total=len(index), desc="Tokenising", unit=" rows", delay=1, mininterval=1) as bar:
-            for done in _in_order(job, _chunks(index, group_candidates), num_proc or _processes()):
+            for done in _run(job, chunks, num_proc or _processes()):
                 writer.write(done.arrays)
                 uncut.rows += done.rows
                 for bad in done.bad:
@@ -152,16 +150,16 @@ class _Done(NamedTuple):
     bad: list[_Texts]
 
 
-class _Job(NamedTuple):
-    """What a process needs to tokenise any chunk."""
+@dataclass(frozen=True)
+class _Job:
+    """What a process needs to tokenise any chunk, given the index entries of its rows."""
 
     path: Path
-    entries: NDArray[Any]
     template: PolarTemplate
     group_candidates: bool
 
-    def run(self, start: int, stop: int) -> _Done:
-        rows = self._read(start, stop)
+    def __call__(self, entries: NDArray[Any]) -> _Done:
+        rows = self._read(entries)
         ids = map(
             tuple,
             self.template.encode(
@@ -191,11 +189,11 @@ class _Job(NamedTuple):
                     for candidate in pair[:2]:
                         numbers.setdefault(candidate, len(numbers))
                 block.add([*numbers], [(numbers[c], numbers[r], *place) for c, r, *place in group])
-        return _Done(stop - start, block.arrays(), bad)
+        return _Done(len(rows), block.arrays(), bad)
 
-    def _read(self, start: int, stop: int) -> list[_Texts]:
+    def _read(self, entries: NDArray[Any]) -> list[_Texts]:
         with open(self.path, "rb") as file:
-            places = self.entries[start:stop][["start", "size"]].tolist()
+            places = entries[["start", "size"]].tolist()
             return [
                 _Texts(*marshal.loads(os.pread(file.fileno(), size, at))) for at, size in places
             ]
@@ -205,55 +203,12 @@ def _processes() -> int:
     return min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
 
 
-def _in_order(job: _Job, chunks: Iterable[tuple[int, int]], processes: int) -> Iterator[_Done]:
-    """What comes of each chunk; a few are under way at a time, so that memory stays bounded."""
-    jobs = [*chunks]
-    processes = min(processes, len(jobs))
-    if processes < 2:
-        yield from (job.run(*chunk) for chunk in jobs)
+def _run(job: _Job, entries: list[NDArray[Any]], processes: int) -> Iterator[_Done]:
+    processes = min(processes, len(entries))
+    if processes < 2 or not job.template.is_fast:  # a slow tokenizer may be code of its own
+        yield from map(job, entries)
         return
-    job.template.encode([])  # what it builds at first use is then shared
-    context = multiprocessing.get_context("fork")  # a child finds the job in its memory
-    pool = ProcessPoolExecutor(processes, context, _start, (job,))
-    with pool, _one_thread_each():
-        pending: deque[Future[_Done]] = deque()
-        try:
-            for chunk in jobs:
-                pending.append(pool.submit(_run, *chunk))
-                if len(pending) > 2 * processes:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a process that tokenises was killed, perhaps for want of memory: set num_proc "
-                "to a smaller number"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """The processes are what runs in parallel; and tokenizers warns of a fork otherwise."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
     try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
-
-
-_job: _Job
-
-
-def _start(job: _Job) -> None:
-    global _job
-    _job = job
-
-
-def _run(start: int, stop: int) -> _Done:
-    return _job.run(start, stop)
+        yield from run_in_order(job, entries, processes)
+    except WorkerError as error:
+        raise WorkerError(f"{error}, perhaps for want of memory: lower num_proc") from error

@@ -3,7 +3,6 @@ import json
 import os
 import pickle
 import random
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +20,7 @@ from mmengine.registry import DATASETS
 from torch.utils.data import DataLoader
 from xtuner.registry import BUILDER, MAP_FUNC
 
-from polar_xtuner import tokenise
+from polar_xtuner import tokenise, workers
 from polar_xtuner.cache import ARRAYS, Group, attended_by
 from polar_xtuner.collate import PackLayout, collate_pack
 from polar_xtuner.dataset import PolarDataset
@@ -257,15 +256,15 @@ def test_rows_are_named_however_they_were_merged(
 def test_a_killed_process_is_an_error_that_names_the_setting(
     build: Callable[..., PolarDataset], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    def killed(*arguments: Any) -> Iterator[Any]:
+        raise workers.WorkerError("a process ended with status -9")
+        yield
+
     monkeypatch.setattr(tokenise, "CHUNK_CHARACTERS", 100)
-    monkeypatch.setattr(tokenise, "_run", _kill_own_process)
-    with pytest.raises(RuntimeError, match=r"killed.*num_proc"):
+    monkeypatch.setattr(tokenise, "run_in_order", killed)
+    with pytest.raises(workers.WorkerError, match=r"status -9.*num_proc"):
         build(ROWS, num_proc=2)
     assert not stores_in(tmp_path / "cache")
-
-
-def _kill_own_process(start: int, stop: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_margins_are_those_of_the_rows_and_0_by_default(

@@ -52,7 +52,7 @@ texts = st.lists(st.text(f"{LETTERS} ▁\n\t\r.<s>é€日", max_size=30), max_s
 )
 def test_words_have_the_ids_of_the_text(texts: list[str]) -> None:
     tokenizer = bpe()
-    ours = FastEncoder(tokenizer)
+    ours = encoder_of(tokenizer)
     assert ours._word is not None
     assert ours.encode(texts) == plainly(tokenizer, texts)
     assert ours.encode(texts) == plainly(tokenizer, texts), "remembered words"
@@ -65,7 +65,7 @@ def test_words_have_the_ids_of_the_text(texts: list[str]) -> None:
 @given(st.text(f"{LETTERS} \n.€日", max_size=8), st.text(f"{LETTERS} \n.€日", max_size=8))
 def test_separable_texts_have_their_ids_one_after_the_other(left: str, right: str) -> None:
     tokenizer = bpe()
-    if FastEncoder(tokenizer).separable(left, right):
+    if encoder_of(tokenizer).separable(left, right):
         whole, first, second = plainly(tokenizer, [left + right, left, right])
         assert whole == first + second
 
@@ -146,7 +146,7 @@ def of_words() -> Tokenizer:
 @example(["a b a ba€ b", " ab  ab ", "é a", "ab ▁a"])
 def test_whatever_the_tokenizer_does_the_ids_are_its_own(make: Any, texts: list[str]) -> None:
     tokenizer = make()
-    ours = FastEncoder(tokenizer)
+    ours = encoder_of(tokenizer)
     assert ours.encode(texts) == plainly(tokenizer, texts)
     for left in texts[:3]:
         for right in texts[:3]:
@@ -158,7 +158,7 @@ def test_whatever_the_tokenizer_does_the_ids_are_its_own(make: Any, texts: list[
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder, "REMEMBERED_WORDS", 20)
     tokenizer = bpe()
-    ours = FastEncoder(tokenizer)
+    ours = encoder_of(tokenizer)
     for start in range(0, 200, 10):
         texts = [f"{chr(0x4E00 + start + i)} {'ab' * 40}{i}" for i in range(10)]
         assert ours.encode(texts) == plainly(tokenizer, texts)
