@@ -5,6 +5,8 @@ itself, as one plain causal sequence (which test_modeling_internlm2.py compares 
 code), and the loss is assembled pair by pair. All in float64.
 """
 
+import json
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 from polar_xtuner.cache import Group, lay_out
 from polar_xtuner.collate import PackLayout, collate_pack
+from polar_xtuner.dataset import PolarDataset
 from polar_xtuner.modeling_internlm2 import (
     InternLM2Config,
     InternLM2ForRewardModel,
@@ -326,3 +329,56 @@ def test_an_optimizer_step_has_one_gradient_however_its_pairs_are_spread():
         assert_equal(loss_and_gradients(model, loss_of_step), truth)
         numbers.add(len(packs))
     assert numbers == {1, 2, 3, 4, 5, 6}
+
+
+def test_an_optimizer_step_has_one_gradient_however_its_rows_are_grouped(demo_tokenizer, tmp_path):
+    """Merged, pair by pair, and split at several caps, over ranks and accumulation slots."""
+    rng = random.Random(3)
+    answers = ["", "41", "42", "forty two", "I don't know", "12 + 30 = 42"]
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for number in range(24):
+            better, worse, third = rng.sample(answers, 3)
+            row = dict(
+                prompt=f"What is {number % 2} + 41?",
+                reference=answers[number % 3],
+                chosen=[better, third] if number % 4 == 0 else better,
+                rejected=worse,
+                margin=rng.uniform(-1, 1),
+            )
+            file.write(json.dumps(row) + "\n")
+
+    def packs_of(group_candidates, cap, ranks, accumulation):
+        data = PolarDataset(
+            demo_tokenizer,
+            str(tmp_path / "rows.jsonl"),
+            max_length=400,
+            max_response_length=100,
+            max_packed_length=cap,
+            group_candidates=group_candidates,
+            cache_dir=str(tmp_path / "cache"),
+        )
+        total = int(data.pair_counts.sum())
+        plan = plan_epoch(
+            data.lengths, data.pair_counts, data.attended, cap,
+            pairs_per_step=total, seed=cap, ranks=ranks, accumulation=accumulation,
+        )  # fmt: skip
+        assert plan.steps == 1 and total == 30
+        numbers.append(len(data.lengths))
+        return [data[plan.pack(i, rank)] for i in range(plan.iterations) for rank in range(ranks)]
+
+    numbers = []
+    model = reward_model(vocab_size=len(demo_tokenizer))
+    truth = None
+    for shape in ((True, 400, 1, 1), (False, 2000, 1, 1), (True, 50, 11, 1), (False, 90, 4, 5)):
+        packs = packs_of(*shape)
+
+        def loss_of_step(packs=packs):
+            losses = [model(collate_pack([p])["data"], mode="loss")["loss"] for p in packs]
+            return sum(losses) / len(packs)
+
+        found = loss_and_gradients(model, loss_of_step)
+        if truth is None:
+            truth = found
+        assert_equal(found, truth)
+    merged, apart, split, _ = numbers
+    assert merged == 6 < split < apart == 30
