@@ -95,13 +95,13 @@ def compare(path: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any
 
     ours = runs["ours"][0]
     cap = args.max_packed_length
-    cached = {"ours": round(median(r["seconds"] for r in runs["cached"]), 2)}
+    cached = {"ours": round(median(r["seconds"] for r in runs["cached"]), 4)}
     if not args.only_ours:
-        cached["xtuner"] = figures("seconds", 2)["xtuner"]
+        cached["xtuner"] = figures("seconds", 4)["xtuner"]
     return {
         "rows": ours["rows"],
         "rows_per_s": figures("rows_per_s", 0),
-        "seconds": figures("seconds", 2),
+        "seconds": figures("seconds", 4),
         "seconds_cached": cached,
         "peak_rss_mb": figures("peak_rss_mb", 0),
         "bytes_per_token": figures("bytes_per_token", 1),
