@@ -13,6 +13,7 @@ custom_imports = dict(imports=["polar_xtuner.engine"])  # registers the names us
 # Model
 pretrained_model_name_or_path = "internlm/POLAR-7B-Base"  # folder or hub name to start from
 torch_dtype = "torch.float32"  # to load weights in; torch.bfloat16 only with --deepspeed
+autocast_dtype = "bfloat16"  # to compute in, unless --deepspeed decides; None: in torch_dtype
 attention = "auto"  # auto | flash_attn | sdpa; auto takes flash-attn where it is installed
 use_activation_checkpointing = True  # compute layers again in the backward pass, to save memory
 separator_token_id = None  # id of <|reward|>; None asks the tokenizer
@@ -33,11 +34,14 @@ on_long_group = "error"  # the same for rows that are longer than a pack
 max_length = 16384  # most tokens of a scored sequence; the prompt is cut to fit
 max_response_length = 4096  # most tokens of a reference or an answer
 max_packed_length = max_length * 2  # most tokens of a pack: what goes through the model at once
+group_candidates = True  # rows of one prompt and reference share their prefix
+num_proc = None  # processes that tokenise; None: one a core, 16 at most
 cache_dir = None  # where tokenised data is kept; None: ~/.cache/polar_xtuner
 dataloader_num_workers = 2  # processes that prepare packs
 
 # Scheduler & optimizer
 accumulative_counts = 2  # packs that each GPU adds up before the optimizer steps
+pairs_per_step = None  # pairs of an optimizer step (published: 320); None fills the packs
 max_epochs = 1  # a reward model that sees its data twice overfits
 lr = 2e-5  # published for 7B; 1e-5 for 1.8B
 betas = (0.9, 0.95)  # of AdamW
@@ -49,7 +53,7 @@ final_lr_ratio = 0.1  # share of the learning rate that the cosine ends at
 # Save & log
 save_steps = 500  # iterations between checkpoints
 save_total_limit = 2  # checkpoints to keep; -1 keeps all
-log_interval = 10  # iterations between log lines
+log_interval = 10  # iterations between log lines, at which the host waits for the GPU
 seed = 42  # of the order of the data and of new weights
 
 #######################################################################
@@ -92,10 +96,12 @@ train_dataset = dict(
     max_length=max_length,
     max_response_length=max_response_length,
     max_packed_length=max_packed_length,
+    group_candidates=group_candidates,
     separator_token_id=separator_token_id,
     reward_token_id=reward_token_id,
     on_bad_row=on_bad_row,
     on_long_group=on_long_group,
+    num_proc=num_proc,
     cache_dir=cache_dir,
 )
 
@@ -103,7 +109,12 @@ train_dataloader = dict(
     batch_size=1,  # packs; their size is max_packed_length
     num_workers=dataloader_num_workers,
     dataset=train_dataset,
-    sampler=dict(type="PackSampler", accumulative_counts=accumulative_counts),
+    pin_memory=True,  # packs are copied to the GPU while it computes
+    sampler=dict(
+        type="PackSampler",
+        accumulative_counts=accumulative_counts,
+        pairs_per_step=pairs_per_step,
+    ),
     collate_fn=dict(type="collate_pack"),
 )
 
@@ -111,10 +122,10 @@ train_dataloader = dict(
 #                    PART 4  Scheduler & optimizer                    #
 #######################################################################
 optim_wrapper = dict(
-    type="AmpOptimWrapper",
-    dtype="bfloat16",
+    type="PolarOptimWrapper",
+    dtype=autocast_dtype,
     optimizer=dict(type="AdamW", lr=lr, betas=betas, weight_decay=weight_decay),
-    clip_grad=dict(max_norm=max_norm, error_if_nonfinite=True),
+    clip_grad=dict(max_norm=max_norm),
     accumulative_counts=accumulative_counts,
 )
 
@@ -133,7 +144,9 @@ train_cfg = dict(type="PolarTrainLoop", max_epochs=max_epochs)
 #######################################################################
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),
-    logger=dict(type="LoggerHook", log_metric_by_epoch=False, interval=log_interval),
+    logger=dict(
+        type="LoggerHook", log_metric_by_epoch=False, interval=log_interval, ignore_last=False
+    ),
     param_scheduler=dict(type="ParamSchedulerHook"),
     checkpoint=dict(
         type="CheckpointHook",

@@ -6,6 +6,7 @@ _base_ = "./polar_7b.py"
 
 pretrained_model_name_or_path = "demo/base"
 data_files = "demo/train.jsonl"
+autocast_dtype = None
 max_length = 512
 max_response_length = 128
 max_packed_length = 1024
@@ -25,6 +26,7 @@ model = dict(
 )
 train_dataloader = dict(
     num_workers=dataloader_num_workers,
+    pin_memory=False,  # no GPU
     dataset=dict(
         data_files=data_files,
         tokenizer=tokenizer,
@@ -35,13 +37,7 @@ train_dataloader = dict(
     sampler=dict(accumulative_counts=accumulative_counts),
 )
 optim_wrapper = dict(
-    _delete_=True,
-    type="OptimWrapper",  # AmpOptimWrapper needs a GPU
-    optimizer=dict(
-        type="AdamW", lr=lr, betas={{_base_.betas}}, weight_decay={{_base_.weight_decay}}
-    ),
-    clip_grad=dict(max_norm={{_base_.max_norm}}, error_if_nonfinite=True),
-    accumulative_counts=accumulative_counts,
+    dtype=autocast_dtype, optimizer=dict(lr=lr), accumulative_counts=accumulative_counts
 )
 param_scheduler = dict(accumulative_counts=accumulative_counts)
 env_cfg = dict(dist_cfg=dict(backend="gloo"))

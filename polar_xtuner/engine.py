@@ -9,21 +9,25 @@ from __future__ import annotations
 from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks versions)
 
 import logging
-import math
+import time
+from dataclasses import fields
 from typing import Any
 
 import torch
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
-from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
-from mmengine.registry import FUNCTIONS, LOOPS, PARAM_SCHEDULERS
+from mmengine.registry import FUNCTIONS, LOOPS
 from mmengine.runner import IterBasedTrainLoop
+from torch import Tensor
 from xtuner.registry import BUILDER
 
 from polar_xtuner.collate import collate_pack
-from polar_xtuner.modeling_internlm2 import first_names
+from polar_xtuner.metrics import Interval, peak_flops
+from polar_xtuner.modeling_internlm2 import InternLM2Config, first_names
+from polar_xtuner.optim import PolarOptimWrapper
+from polar_xtuner.packing import ModelShape
 from polar_xtuner.reward_model import PolarRewardModel
 from polar_xtuner.sampler import PackSampler
 from polar_xtuner.template import check_vocabulary
@@ -39,55 +43,12 @@ class _ToRunnerLog(logging.Handler):
         print_log(self.format(record), logger="current", level=record.levelno)
 
 
+logger = logging.getLogger(__name__)
 _package_logger = logging.getLogger("polar_xtuner")
 if not _package_logger.handlers:
     _package_logger.addHandler(_ToRunnerLog())
     _package_logger.setLevel(logging.INFO)
     _package_logger.propagate = False
-
-
-@PARAM_SCHEDULERS.register_module()
-class WarmupCosineLR(_ParamScheduler):  # type: ignore[misc]
-    """Learning rate of the published recipe, as a function of the optimizer step alone.
-
-    It rises linearly over the first `warmup_ratio` of the run (one step at least) and falls with
-    a cosine to `final_lr_ratio` of its peak, the same for any split of the steps into ranks and
-    accumulation. mmengine's own schedulers multiply from one iteration to the next, so that a
-    warm-up of one iteration leaves them near zero for the whole run.
-
-    Args:
-        optimizer: or its wrapper; the runner gives it.
-        warmup_ratio: share of the run.
-        final_lr_ratio: share of the peak.
-        accumulative_counts: iterations of an optimizer step.
-        end: iterations of the run; the runner gives it where `by_epoch=False`.
-    """
-
-    def __init__(
-        self,
-        optimizer: Any,
-        warmup_ratio: float = 0.03,
-        final_lr_ratio: float = 0.1,
-        accumulative_counts: int = 1,
-        end: int = 1,
-        **kwargs: Any,
-    ) -> None:
-        self.counts = accumulative_counts
-        self.total = math.ceil(end / accumulative_counts)
-        self.warmup = max(1, math.ceil(warmup_ratio * self.total))
-        self.final = final_lr_ratio
-        super().__init__(optimizer, param_name="lr", end=end, **kwargs)
-
-    def factor(self, iteration: int) -> float:
-        """Share of the peak learning rate at an iteration, counted from 0."""
-        step = iteration // self.counts
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.total - self.warmup)
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * min(1, progress))) / 2
-
-    def _get_value(self) -> list[float]:
-        return [base * self.factor(self.last_step) for base in self.base_values]
 
 
 class NonFiniteError(RuntimeError):
@@ -110,13 +71,29 @@ class CompleteCheckpointHook(Hook):  # type: ignore[misc]
             )
 
 
+class ReportHook(Hook):  # type: ignore[misc]
+    """Hands the values of a logging interval to mmengine's log."""
+
+    priority = 55  # after IterTimerHook, whose times are of one iteration; before LoggerHook
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+        for name, value in self.values.items():
+            runner.message_hub.update_scalar(f"train/{name}", value)
+        self.values = {}
+
+
 @LOOPS.register_module()
 class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
     """Train for epochs or iterations over the plan of a `PackSampler`.
 
-    Unlike its base it resumes at the next pack without replaying those before it, checks at the
-    start that config, data and model agree, and stops at the first non-finite loss or gradient,
-    naming the rows of the optimizer step.
+    Unlike its base it resumes at the next pack without replaying those before it, and checks at
+    the start that config, data and model agree. It never waits for the device between two checks:
+    hooks get no `outputs`. A check comes with each log line, checkpoint and validation, and at the
+    end; it stops the run at a loss or gradient that was not finite, naming the rows of the
+    optimizer step.
 
     Args:
         max_epochs, max_iters: exactly one of them.
@@ -155,64 +132,120 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
                 f"max_iters={max_iters} must be a multiple of accumulative_counts={counts}: "
                 "the last optimizer step would lack packs"
             )
+        # Before the first plan, which balances what packs cost.
+        sampler.model_shape = _model_shape(runner)
         iterations = max_iters or sampler.iterations(int(max_epochs or 0))
         super().__init__(runner, dataloader, iterations, val_begin, val_interval)
         del self.dataloader_iterator  # `run` starts one where training starts
+        self._report = ReportHook()
+        runner.register_hook(self._report)
         runner.register_hook(CompleteCheckpointHook())
-        self._rows: list[str] = []
 
     def run(self) -> Any:
+        runner = self.runner
         self._check_data_against_model()
         self._check_accumulation()
         self._check_precision()
-        self.runner.call_hook("before_train")
-        self.runner.call_hook("before_train_epoch")
+        runner.log_processor.window_size = 1  # what is logged is of a whole interval already
+        self._interval = _interval(runner, self.dataloader.dataset.max_packed_length)
+        self._rows: dict[int, list[str]] = {}
+        runner.call_hook("before_train")
+        runner.call_hook("before_train_epoch")
         self.dataloader.sampler.start_iter = self._iter
         batches = iter(self.dataloader)
+        runner.model.train()
         while self._iter < self._max_iters and not self.stop_training:
-            self.runner.model.train()
-            self.run_iter(next(batches))
-            self._decide_current_val_interval()
-            due = self._iter % self.val_interval == 0 or self._iter == self._max_iters
-            if self.runner.val_loop is not None and self._iter >= self.val_begin and due:
-                self.runner.val_loop.run()
-        self.runner.call_hook("after_train_epoch")
-        self.runner.call_hook("after_train")
-        return self.runner.model
+            self._interval.start()
+            waiting = time.perf_counter()
+            batch = next(batches)
+            self._interval.add_wait(time.perf_counter() - waiting)
+            self.run_iter(batch)
+            if self._validates(self._iter):
+                runner.val_loop.run()
+                runner.model.train()
+        self._check()
+        runner.call_hook("after_train_epoch")
+        runner.call_hook("after_train")
+        return runner.model
 
     def run_iter(self, data_batch: dict[str, Any]) -> None:
-        if self._iter % self.dataloader.sampler.accumulative_counts == 0:
-            self._rows = []
-        self._rows += data_batch["data_samples"]["rows"]
         runner, place = self.runner, {"batch_idx": self._iter, "data_batch": data_batch}
+        self._rows[self._iter] = data_batch["data_samples"]["rows"]
         runner.call_hook("before_train_iter", **place)
         try:
             outputs = runner.model.train_step(data_batch, optim_wrapper=runner.optim_wrapper)
         except RuntimeError as error:
             if "non-finite" in str(error):  # torch's clip_grad_norm_(error_if_nonfinite=True)
-                raise self._non_finite("gradient") from error
+                loss = _polar_model(runner).pack_loss
+                own = loss is None or not torch.isfinite(loss)
+                where = "on this rank" if own else "on some rank"
+                raise self._non_finite("gradient", where, self._iter) from error
             raise
-        loss = float(outputs["loss"])  # mmengine's hooks read it in any case
-        if not math.isfinite(loss):  # before a hook can save a checkpoint
-            raise self._non_finite(f"loss ({loss})")
-        runner.call_hook("after_train_iter", outputs=outputs, **place)
+        self._interval.add(self._iter, data_batch["data"], outputs, self._grad_norm())
+        logs = self._logs()
+        if logs or self._saves() or self._validates(self._iter + 1):
+            self._check()
+        if logs:
+            self._report.values = self._interval.values()
+        runner.call_hook("after_train_iter", **place)
         self._iter += 1
 
-    def _non_finite(self, what: str) -> NonFiniteError:
-        own = _unwrapped(self.runner.model).pack_loss
-        place = "on this rank" if own is None or not torch.isfinite(own) else "on some rank"
+    def _grad_norm(self) -> Tensor | float | None:
+        """Of all ranks' gradients, if the optimizer has just stepped and tells it."""
+        if (self._iter + 1) % self.dataloader.sampler.accumulative_counts:
+            return None
+        if _deepspeed_config(self.runner) is not None:
+            return self.runner.model.get_global_grad_norm()
+        wrapper = self.runner.optim_wrapper
+        return wrapper.grad_norm if isinstance(wrapper, PolarOptimWrapper) else None
+
+    def _logs(self) -> bool:
+        """Whether mmengine writes a log line after this iteration: the conditions are its own."""
+        number, epoch = self._iter + 1, len(self.dataloader)
+        return any(
+            number % hook.interval == 0
+            or (number == epoch and (not hook.ignore_last or epoch <= hook.interval))
+            for hook in self.runner.hooks
+            if isinstance(hook, LoggerHook)
+        )
+
+    def _saves(self) -> bool:
+        """Whether a checkpoint may be saved after this iteration."""
+        return self._iter + 1 == self._max_iters or any(
+            not hook.by_epoch
+            and hook.every_n_train_iters(self.runner, hook.interval, hook.save_begin)
+            for hook in self.runner.hooks
+            if isinstance(hook, CheckpointHook)
+        )
+
+    def _validates(self, done: int) -> bool:
+        """Whether validation follows that many iterations."""
+        due = done % self.val_interval == 0 or done == self._max_iters
+        return self.runner.val_loop is not None and done >= self.val_begin and due
+
+    def _check(self) -> None:
+        """Raise NonFiniteError, on every rank, if an iteration since the last was not finite."""
+        found = self._interval.reduce()
+        if found is not None:
+            raise self._non_finite(found.what, found.where, found.iteration)
+        step = self._step_of(self._iter)
+        self._rows = {i: rows for i, rows in self._rows.items() if self._step_of(i) == step}
+
+    def _step_of(self, iteration: int) -> int:
+        return iteration // self.dataloader.sampler.accumulative_counts
+
+    def _non_finite(self, what: str, where: str, iteration: int) -> NonFiniteError:
+        step = self._step_of(iteration)
+        rows = [row for i in self._rows if self._step_of(i) == step for row in self._rows[i]]
         return NonFiniteError(
-            f"the {what} of iteration {self._iter} is not finite {place}; training stops before "
-            f"it is lost in the weights. Rows of this rank's optimizer step: "
-            f"{', '.join(self._rows)}"
+            f"the {what} of iteration {iteration} is not finite {where}. The run stops at "
+            f"iteration {self._iter}, the first check after it; the weights may be lost, but no "
+            "checkpoint of these iterations was saved: resume from the last one. Rows of this "
+            f"rank's optimizer step: {', '.join(rows)}"
         )
 
     def _check_data_against_model(self) -> None:
-        model = _unwrapped(self.runner.model)
-        if not isinstance(model, PolarRewardModel):
-            raise ValueError(
-                f"PolarTrainLoop trains a PolarRewardModel, got {type(model).__name__}"
-            )
+        model = _polar_model(self.runner)
         dataset = self.dataloader.dataset
         check_vocabulary(dataset.special_ids, model.config.vocab_size)
         scaling = model.config.rope_scaling or {}
@@ -252,7 +285,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
     def _check_precision(self) -> None:
         dtypes = {p.dtype for p in self.runner.model.parameters() if p.requires_grad}
         half = dtypes & {torch.float16, torch.bfloat16}
-        if isinstance(self.runner.optim_wrapper, AmpOptimWrapper) and half:
+        if isinstance(self.runner.optim_wrapper, (AmpOptimWrapper, PolarOptimWrapper)) and half:
             raise ValueError(
                 f"trained weights are {half.pop()} without a float32 copy, which loses small "
                 "updates: set model.llm.torch_dtype to float32, or train with --deepspeed"
@@ -272,3 +305,34 @@ def _unwrapped(model: Any) -> Any:
         model = model.model
         model = getattr(model, "module", model)
     return model
+
+
+def _polar_model(runner: Any) -> PolarRewardModel:
+    model = _unwrapped(runner.model)
+    if not isinstance(model, PolarRewardModel):
+        raise ValueError(f"PolarTrainLoop trains a PolarRewardModel, got {type(model).__name__}")
+    return model
+
+
+def _model_shape(runner: Any) -> ModelShape:
+    """Of the model, or of the one that will be built: with DeepSpeed it is a config until then."""
+    names = [field.name for field in fields(ModelShape)]
+    if isinstance(runner.model, dict):
+        llm = runner.model["llm"]
+        given = {name: llm[name] for name in names if name in llm}
+        config = InternLM2Config.from_pretrained(llm["pretrained_model_name_or_path"], **given)
+    else:
+        config = _polar_model(runner).config
+    return ModelShape(**{name: getattr(config, name) for name in names})
+
+
+def _interval(runner: Any, max_packed_length: int) -> Interval:
+    """Counts what a run does on the device it runs on."""
+    model, peak = _polar_model(runner), None
+    if model.data_preprocessor.device.type == "cuda":
+        name = torch.cuda.get_device_name()
+        peak = peak_flops(name)
+        if peak is None:
+            logger.info("mfu is not logged: the peak of %s is not known", name)
+    frozen = hasattr(model.llm, "peft_config")
+    return Interval(_model_shape(runner), max_packed_length, frozen=frozen, peak=peak)

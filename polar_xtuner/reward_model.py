@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, get_world_size
-from mmengine.model import BaseModel
+from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
 from peft import get_peft_model, prepare_model_for_kbit_training
@@ -29,9 +28,25 @@ from polar_xtuner.attention import BACKENDS
 from polar_xtuner.collate import PackLayout
 from polar_xtuner.export import export_hf
 from polar_xtuner.losses import BradleyTerryLoss
+from polar_xtuner.metrics import pair_sums
 from polar_xtuner.modeling_internlm2 import InternLM2ForRewardModel, first_names
 
 logger = logging.getLogger(__name__)
+
+
+class PackToDevice(BaseDataPreprocessor):  # type: ignore[misc]
+    """Copies a pack's tensors to the model's device, without waiting where they are pinned.
+
+    mmengine's own looks at every element of the layout's lists: a millisecond a pack.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(non_blocking=True)
+
+    def cast_data(self, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {name: self.cast_data(value) for name, value in data.items()}
+        return super().cast_data(data) if isinstance(data, Tensor) else data
 
 
 @BUILDER.register_module()
@@ -62,7 +77,7 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
         lora: Any = None,
         peft_model: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(data_preprocessor=PackToDevice())
         if attention not in BACKENDS:
             raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {attention!r}")
         if isinstance(llm, dict):
@@ -89,7 +104,7 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
         if use_activation_checkpointing:
             self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
         self.pack_loss: Tensor | None = None
-        """Loss of this rank's last pack, before it is averaged over ranks."""
+        """Loss of this rank's last pack."""
         self._built = {name: weakref.ref(p) for name, p in self.named_parameters()}
 
     @property
@@ -117,7 +132,8 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
     def forward(
         self, data: dict[str, Any], data_samples: Any = None, mode: str = "tensor"
     ) -> Tensor | dict[str, Tensor]:
-        """`tensor`: (C,) rewards of the pack's candidates. `loss`: the loss and what to log.
+        """`tensor`: (C,) rewards of the pack's candidates. `loss`: a dict of `loss`, a scalar, and
+        `sums`, what the pack adds to `metrics.PAIR_SUMS`; both of this rank.
 
         Raises:
             ValueError: `data` has no layout, or another mode.
@@ -138,22 +154,11 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
         weights_P, margins_P = data["pair_weights_P"], data["margins_P"]
         loss = self.loss(rewards_C, chosen_P, rejected_P, weights_P, margins_P)
         self.pack_loss = loss.detach()
-        r_c, r_r = rewards_C.detach()[chosen_P], rewards_C.detach()[rejected_P]
-        counted = (weights_P > 0).to(r_c)  # a pack that only fills a step has no weight
-        per_pair = torch.stack([(r_c > r_r).to(r_c), r_c - r_r, r_c, r_r, torch.ones_like(r_c)])
-        sums = torch.cat([self.pack_loss[None] / get_world_size(), per_pair @ counted])
-        all_reduce(sums)
-        mean_loss, *totals, pairs = sums.unbind()
-        accuracy, margin, chosen, rejected = (total / pairs.clamp(min=1) for total in totals)
-        return {
-            # The gradient of this rank's loss, the value of all ranks' mean.
-            "loss": loss + (mean_loss - self.pack_loss),
-            "accuracy": accuracy,
-            "margin": margin,
-            "chosen_reward": chosen,
-            "rejected_reward": rejected,
-            "pairs": pairs,
-        }
+        return {"loss": loss, "sums": pair_sums(rewards_C, chosen_P, rejected_P, weights_P)}
+
+    def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What mmengine's training step asks for: the loss to go backward from, what to report."""
+        return losses["loss"], {name: value.detach() for name, value in losses.items()}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """All tensors; with LoRA the adapters and the reward head only."""

@@ -40,11 +40,13 @@ class PackSampler(Sampler[Pack]):
         self._dataset = dataset
         self._seed = seed
         self._planned: tuple[int, Plan] | None = None
+        self._iterations: dict[int, int] = {}  # of the epochs that were planned
 
     def plan_of(self, epoch: int) -> Plan:
         """The packs of all ranks in an epoch."""
         if self._planned is None or self._planned[0] != epoch:
             self._planned = epoch, self._plan(epoch)
+            self._iterations[epoch] = self._planned[1].iterations
         return self._planned[1]
 
     def _plan(self, epoch: int) -> Plan:
@@ -75,4 +77,7 @@ class PackSampler(Sampler[Pack]):
 
     def iterations(self, epochs: int) -> int:
         """Packs a rank goes through in that many epochs; packing differs a little by epoch."""
-        return sum(self.plan_of(epoch).iterations for epoch in range(epochs))
+        for epoch in range(epochs):
+            if epoch not in self._iterations:
+                self.plan_of(epoch)
+        return sum(self._iterations[epoch] for epoch in range(epochs))

@@ -24,9 +24,7 @@ class WorkerError(RuntimeError):
     """A process ended before it had answered."""
 
 
-def run_in_order(
-    job: Callable[[Any], Any], calls: Iterable[Any], processes: int
-) -> Iterator[Any]:
+def run_in_order(job: Callable[[Any], Any], calls: Iterable[Any], processes: int) -> Iterator[Any]:
     """`job(call)` of every call, in order; the processes are a few calls ahead at most.
 
     Args:

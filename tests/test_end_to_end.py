@@ -108,7 +108,8 @@ def test_types_by_class_and_by_registered_name_train_alike(
         "collate_pack": "polar_xtuner.collate",
         "PackSampler": "polar_xtuner.sampler",
         "PolarTrainLoop": "polar_xtuner.engine",
-        "WarmupCosineLR": "polar_xtuner.engine",
+        "PolarOptimWrapper": "polar_xtuner.optim",
+        "WarmupCosineLR": "polar_xtuner.optim",
     }
     from polar_xtuner import compat  # noqa: F401
     from mmengine.config import Config  # isort: skip
@@ -138,11 +139,16 @@ def test_two_processes_train_to_the_weights_of_one_with_twice_the_accumulation(
         work_dir = tmp_path / str(processes)
         result = run(
             *("xtuner", "train", TINY, "--work-dir", work_dir),
-            *settings(tiny, accumulative_counts=counts),
+            *settings(tiny, accumulative_counts=counts, log_interval=counts),
             NPROC_PER_NODE=str(processes),
             OMP_NUM_THREADS="1",
         )
         assert (work_dir / "last_checkpoint").exists(), result.stdout
+    for field in ("pairs", "loss", "accuracy", "margin", "chosen_reward_std", "grad_norm", "lr",
+                  "share_ratio", "pack_fill"):  # fmt: skip
+        one, two = (logged(tmp_path / n, field) for n in ("1", "2"))
+        assert len(one) > 10
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-4), field  # of all ranks, a step a line
     one, two = (weights(last(tmp_path / n)) for n in ("1", "2"))
     start = torch.load(tiny / "base" / "pytorch_model.bin")
     for name in one:
@@ -227,6 +233,38 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_rows(tiny: Path, tmp_path
     assert not (tmp_path / "w" / "last_checkpoint").exists()
 
 
+def test_every_process_stops_at_a_loss_that_is_not_finite_on_one_of_them(
+    tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "breaks.py").write_text(
+        "import os\n"
+        "from polar_xtuner.reward_model import PolarRewardModel\n"
+        "losses, done = PolarRewardModel._losses, []\n"
+        "def broken(self, *args):\n"
+        "    result = losses(self, *args)\n"
+        "    done.append(None)\n"
+        "    if len(done) == 4 and os.environ['RANK'] == '1':\n"
+        "        result['loss'] = result['loss'] * float('nan')\n"
+        "    return result\n"
+        "PolarRewardModel._losses = broken\n"
+    )
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"_base_ = {str(TINY)!r}\n"
+        "custom_imports = dict(imports=['polar_xtuner.engine', 'breaks'])\n"
+    )
+    result = run(
+        *("xtuner", "train", config, "--work-dir", tmp_path / "w"),
+        *settings(tiny, log_interval=5, save_steps=100),
+        NPROC_PER_NODE="2",
+        OMP_NUM_THREADS="1",
+        PYTHONPATH=str(tmp_path),
+    )
+    for place in ("on this rank (nan)", "on another rank"):
+        assert f"the loss of iteration 3 is not finite {place}" in result.stdout, result.stdout
+    assert not list((tmp_path / "w").glob("*.pth"))
+
+
 def test_conversion_keeps_every_tensor_and_refuses_a_checkpoint_that_lacks_one(
     tiny: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -290,8 +328,9 @@ def test_gsm8k_with_the_true_tokenizer_trains_with_a_falling_loss_and_converts(
         *("--cfg-options", f"pretrained_model_name_or_path={base}"),
         f"data_files={shared_data / 'gsm8k.jsonl'}",
         f"cache_dir={tmp_path / 'cache'}",
-        *("max_length=2048", "max_response_length=1000", "max_packed_length=8192"),
-        *("log_interval=1", "train_cfg.max_epochs=1"),
+        *("max_length=2048", "max_response_length=1000", "max_packed_length=4096"),
+        # In one epoch a group goes by once: nothing to be remembered.
+        *("log_interval=1", "train_cfg.max_epochs=2"),
     )
     losses = logged(tmp_path / "w", "loss")
     assert len(losses) >= 50, result.stdout
@@ -375,6 +414,8 @@ def test_deepspeed_in_two_processes_trains_resumes_and_converts(tiny: Path, tmp_
             NPROC_PER_NODE="2",
         )
         assert (tmp_path / name / "last_checkpoint").exists(), result.stdout
+        assert all(0 < norm < 100 for norm in logged(tmp_path / name, "grad_norm"))
+        assert len(logged(tmp_path / name, "grad_norm")) == len(logged(tmp_path / name, "loss"))
         run(
             *(
                 "xtuner",
