@@ -50,10 +50,7 @@ def sdpa_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackLayo
         q_GHLD = q.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
         k_GHLD = k.permute(1, 0, 2).unsqueeze(1).expand(-1, q_GHLD.shape[1], -1, -1)
         v_GHLD = v.permute(1, 0, 2).unsqueeze(1).expand(-1, q_GHLD.shape[1], -1, -1)
-        mask = None
-        if queries != keys:
-            ones = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
-            mask = ones.tril(keys - queries)
+        mask = None if queries == keys else layout.mask(queries, keys)
         out = F.scaled_dot_product_attention(
             q_GHLD, k_GHLD, v_GHLD, attn_mask=mask, is_causal=mask is None
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -40,6 +41,23 @@ class PackLayout:
         """(T, G, D) -> (K, G, D): each candidate's keys or values, one after the other."""
         pieces = x_TGD.split(self.piece_lengths)
         return torch.cat([pieces[i] for i in self.key_gather])
+
+    def mask(self, queries: int, keys: int) -> Tensor:
+        """(queries, keys) bool, True where a later candidate's query sees a key; a view."""
+        shift = self._most_prefix - (keys - queries)
+        return self._band[:queries, shift : shift + keys]
+
+    @cached_property
+    def _most_prefix(self) -> int:
+        return max(k - q for q, k in zip(self.query_lengths, self.key_lengths))
+
+    @cached_property
+    def _band(self) -> Tensor:
+        """One triangle for all candidates and layers; a longer prefix begins further left in it."""
+        later = [q for q, k in zip(self.query_lengths, self.key_lengths) if q < k]
+        queries, prefix = max(later, default=0), self._most_prefix
+        device = self.cu_seqlens_q.device
+        return torch.ones(queries, prefix + queries, dtype=torch.bool, device=device).tril(prefix)
 
     @classmethod
     def of(cls, groups: Iterable[Sequence[int]]) -> PackLayout:

@@ -172,9 +172,10 @@ class InternLM2Attention(nn.Module):
         # wqkv holds, for each KV head, its query heads, then its key, then its value.
         # A kernel takes them in one dtype; under autocast a quantised layer answers in float32.
         qkv = self.wqkv(x_TE).to(cos.dtype).unflatten(-1, (self.kv_heads, -1, self.head_dim))
-        q_THD = rotate(qkv[:, :, :-2].flatten(1, 2), cos, sin)
-        k_TGD = rotate(qkv[:, :, -2], cos, sin)
-        return self.wo(attention(q_THD, k_TGD, qkv[:, :, -1], layout).flatten(1))
+        # Split, for the backward of slicing writes a full-size tensor a slice.
+        q, k, v = qkv.split((qkv.shape[2] - 2, 1, 1), dim=2)
+        q_THD, k_TGD = (rotate(x.flatten(1, 2), cos, sin) for x in (q, k))
+        return self.wo(attention(q_THD, k_TGD, v.squeeze(2), layout).flatten(1))
 
 
 class InternLM2MLP(nn.Module):

@@ -209,3 +209,21 @@ def test_a_layout_moves_only_its_tensors() -> None:
     assert moved.cu_seqlens_q.is_meta and moved.cu_seqlens_k.is_meta
     assert not layout.cu_seqlens_q.is_meta
     assert moved.piece_lengths == layout.piece_lengths and moved.key_gather == layout.key_gather
+
+
+@given(packs)
+@example(TWO_GROUPS)
+def test_a_mask_lets_a_query_see_its_prefix_and_the_suffix_up_to_itself(content: Any) -> None:
+    _, layout = collated(content)
+    for queries, keys in zip(layout.query_lengths, layout.key_lengths):
+        if queries < keys:
+            mask = layout.mask(queries, keys)
+            assert torch.equal(mask, torch.ones(queries, keys).tril(keys - queries).bool())
+
+
+def test_masks_are_views_of_one_tensor_on_the_device_of_the_layout() -> None:
+    _, layout = collated(TWO_GROUPS)
+    masks = [layout.mask(q, k) for q, k in zip(layout.query_lengths, layout.key_lengths) if q < k]
+    assert len({mask.untyped_storage().data_ptr() for mask in masks}) == 1 < len(masks)
+    moved = layout.to(torch.device("meta"))
+    assert moved.mask(1, 3).is_meta and not layout.mask(1, 3).is_meta

@@ -27,7 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-REWARD_TOKEN_ID = 92527
+from bench_tokenizer import load_tokenizer
+
 MEBIBYTE = 1 << 20
 
 
@@ -205,6 +206,8 @@ def build_ours(tokenizer: Any, args: argparse.Namespace) -> Any:
 def build_xtuner(tokenizer: Any, args: argparse.Namespace) -> Any:
     from xtuner.dataset.preference_dataset import build_preference_dataset, load_jsonl_dataset
 
+    from polar_xtuner.template import REWARD_TOKEN
+
     def build() -> dict[str, Any]:
         data = build_preference_dataset(
             dataset=dict(type=load_jsonl_dataset, data_files=[str(f) for f in args.files]),
@@ -213,7 +216,7 @@ def build_xtuner(tokenizer: Any, args: argparse.Namespace) -> Any:
             is_dpo=False,
             is_reward=True,
             is_reference=True,
-            reward_token_id=REWARD_TOKEN_ID,
+            reward_token_id=tokenizer.convert_tokens_to_ids(REWARD_TOKEN),
             num_proc=args.num_proc,
             use_varlen_attn=True,
             max_packed_length=args.max_packed_length,
@@ -224,20 +227,6 @@ def build_xtuner(tokenizer: Any, args: argparse.Namespace) -> Any:
         return {"rows": rows, "pairs": rows, "tokens": tokens, "packs": packs}
 
     return build
-
-
-def load_tokenizer(path: str) -> Any:
-    """A folder's tokenizer, or InternLM2's fast one made of its sentencepiece model."""
-    from transformers import AutoTokenizer, LlamaTokenizerFast
-
-    if not path.endswith(".model"):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-    tokenizer = LlamaTokenizerFast(
-        vocab_file=path, legacy=False, add_prefix_space=False, add_bos_token=True
-    )
-    special = ["<|reward|>", "[UNUSED_TOKEN_130]"]
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
-    return tokenizer
 
 
 def table(result: dict[str, Any]) -> str:
