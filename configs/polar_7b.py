@@ -30,7 +30,7 @@ penalty_weight = 0.01  # weight of the penalty
 data_files = "data/train.jsonl"  # a file, glob or folder; several: data_files=a.jsonl,b.jsonl
 dataset_map_fn = None  # turns an example into a row: a name in MAP_FUNC, or package.module.function
 on_bad_row = "error"  # error: name the bad rows and stop | skip: leave them out and count them
-on_long_group = "error"  # the same for rows that are longer than a pack
+on_long_group = "error"  # the same for pairs that are longer than a pack
 max_length = 16384  # most tokens of a scored sequence; the prompt is cut to fit
 max_response_length = 4096  # most tokens of a reference or an answer
 max_packed_length = max_length * 2  # most tokens of a pack: what goes through the model at once

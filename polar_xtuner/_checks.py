@@ -132,7 +132,7 @@ class RawRow:
             except UnicodeEncodeError as error:
                 lone = f"the lone surrogate {value[error.start]!r} at character {error.start}"
                 self.note(name, f"must be valid Unicode, found {lone}")
-            return value
+            return str(value)  # numpy has strings of its own
         return ""
 
 

@@ -220,8 +220,10 @@ def open_or_build(
 
 def _build(folder: Path, build: Callable[[StoreWriter], dict[str, Any]]) -> None:
     host = socket.gethostname()
-    for stale in folder.parent.glob(f"{folder.name}.{host}.*.partial"):
-        shutil.rmtree(stale)  # of a killed build: its process held the lock that is ours now
+    for stale in folder.parent.glob(f"*.{host}.*.partial"):  # of killed builds
+        key, _, pid = stale.name.removesuffix(".partial").partition(f".{host}.")
+        if key == folder.name or not Path("/proc", pid).exists():  # the lock of our key is ours
+            shutil.rmtree(stale, ignore_errors=True)
     partial = folder.parent / f"{folder.name}.{host}.{os.getpid()}.partial"
     partial.mkdir()
     try:

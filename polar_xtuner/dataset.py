@@ -90,6 +90,8 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         if on_long_group not in ("error", "skip"):
             raise ValueError(f"on_long_group must be 'error' or 'skip', got {on_long_group!r}")
         RowCheck(on_bad_row)
+        if num_proc is not None and (type(num_proc) is not int or num_proc < 1):
+            raise ValueError(f"num_proc must be None or a whole number >= 1, got {num_proc!r}")
         self.max_packed_length = max_packed_length
         self._on_bad_row = on_bad_row
         template = PolarTemplate(
@@ -178,8 +180,11 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         return group.only(slice(share.start, share.stop))
 
     def _places(self, group: Group) -> list[str]:
-        rows = dict.fromkeys(group.pairs[["file", "line"]].tolist())
-        return [f"{self._names[file]}:{line}" for file, line in rows]
+        return [*dict.fromkeys(self._places_of(group.pairs))]
+
+    def _places_of(self, pairs: NDArray[Any]) -> Iterator[str]:
+        for file, line in pairs[["file", "line"]].tolist():
+            yield f"{self._names[file]}:{line}"
 
     def _fit(self, on_long_group: str) -> tuple[Ints, ...]:
         """Numbers of the groups that fit a pack; of these and of the parts that larger ones are
@@ -187,28 +192,32 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         cap, store = self.max_packed_length, self.store
         fits = store.lengths <= cap
         unfit: list[str] = []
+        pieces: list[Ints] = []
         for number in np.flatnonzero(~fits).tolist():
             group = store[number]
-            chosen, rejected = (group.pairs[side].tolist() for side in ("chosen", "rejected"))
-            parts, long = split_pairs(group.pieces.tolist(), chosen, rejected, cap)
-            self._parts += [(number, part) for part in parts]
-            for pair in long:
-                too_long = group.only([pair])
-                (place,) = self._places(too_long)
-                unfit.append(f"{place}: {len(too_long.tokens)} tokens")
+            sides = chosen, rejected = group.pairs["chosen"], group.pairs["rejected"]
+            prefix, suffixes = group.pieces[:1], group.pieces[1:]
+            parts, long = split_pairs(
+                group.pieces.tolist(), chosen.tolist(), rejected.tolist(), cap
+            )
+            for part in parts:
+                self._parts.append((number, part))
+                used = np.unique([side[part] for side in sides])
+                pieces.append(np.concatenate([prefix, suffixes[used]]))
+            lengths = prefix + suffixes[chosen[long]] + suffixes[rejected[long]]
+            for place, length in zip(self._places_of(group.pairs[long]), lengths.tolist()):
+                unfit.append(f"{place}: {length} tokens")
         if unfit:
             self._refuse(unfit, on_long_group)
-        if len(self._parts):
+        if self._parts:
             logger.info(
                 "%d groups longer than a pack are split into %d", (~fits).sum(), len(self._parts)
             )
-        split = [store[number].only(pairs) for number, pairs in self._parts]
-        pieces = [part.pieces for part in split]
         firsts = np.cumsum([0, *map(len, pieces[:-1])])
         added: list[Any] = [
-            [len(part.tokens) for part in split],
-            [len(part.pairs) for part in split],
-            attended_by(np.concatenate(pieces), firsts) if split else [],
+            [part.sum() for part in pieces],
+            [len(pairs) for _, pairs in self._parts],
+            attended_by(np.concatenate(pieces), firsts) if pieces else [],
         ]
         stored = (store.lengths, store.pair_counts, store.attended)
         return np.flatnonzero(fits), *(

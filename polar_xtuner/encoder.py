@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from collections.abc import Iterable
 from functools import cached_property
 from itertools import chain, pairwise
@@ -46,6 +47,7 @@ class FastEncoder:
     def __init__(self, settings: str) -> None:
         self._settings = settings
         self._memo: dict[str, list[int]] = {}
+        self._lock = threading.Lock()  # of the memo: requests may be scored in threads
         self.identity = self._settings.encode()
         """Equal for two encoders only if they give every text the same ids."""
 
@@ -57,9 +59,14 @@ class FastEncoder:
         if self._word is None:
             return self._encode_whole([*texts])
         split = [self._word.findall(text) for text in texts]
-        if len(self._memo) > REMEMBERED_WORDS:
-            self._memo.clear()
+        with self._lock:
+            return self._join(split)
+
+    def _join(self, split: list[list[str]]) -> list[list[int]]:
+        """Ids of texts that are split into words."""
         memo = self._memo
+        if len(memo) > REMEMBERED_WORDS:
+            memo.clear()
         new = [word for word in set(chain.from_iterable(split)) if word not in memo]
         memo.update(zip(new, self._encode_whole(new)))
         ids = [[*chain.from_iterable(map(memo.__getitem__, words))] for words in split]
@@ -115,7 +122,8 @@ class FastEncoder:
         # Characters that are no tokens are spelled in bytes, which may not merge.
         if not _is_plain_bpe(self._copy) or any(map(_HOLDS_BYTE.search, vocabulary)):
             return None
-        return {pair for token in vocabulary for pair in pairwise(token)}
+        # A token that was added may hold a plain space.
+        return {pair for token in vocabulary for pair in pairwise(token.replace(" ", SPACE))}
 
     @cached_property
     def _characters(self) -> set[str]:

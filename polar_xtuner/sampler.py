@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks versions)
 
+import logging
 from collections.abc import Iterator
 
+import numpy as np
 from mmengine.dist import get_rank, get_world_size
 from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import Sampler
 
 from polar_xtuner.dataset import PolarDataset
 from polar_xtuner.packing import ModelShape, Pack, Plan, plan_epoch
+
+logger = logging.getLogger(__name__)
+
+MOST_IDLE = 0.1
+"""Share of packs that only fill steps, above which the user is told."""
 
 
 @DATA_SAMPLERS.register_module()
@@ -51,7 +58,7 @@ class PackSampler(Sampler[Pack]):
 
     def _plan(self, epoch: int) -> Plan:
         data, shape = self._dataset, self.model_shape
-        return plan_epoch(
+        plan = plan_epoch(
             data.lengths,
             data.pair_counts,
             data.lengths if shape is None else shape.flops(data.lengths, data.attended),
@@ -62,6 +69,16 @@ class PackSampler(Sampler[Pack]):
             ranks=get_world_size(),
             accumulation=self.accumulative_counts,
         )
+        idle = np.count_nonzero(plan.pair_weights == 0) / len(plan.pair_weights)
+        if epoch == 0 and idle > MOST_IDLE:
+            logger.warning(
+                "%.0f %% of the packs hold nothing new: there are too few groups for the %d packs "
+                "of an optimizer step. Lower accumulative_counts, raise pairs_per_step, or set "
+                "group_candidates=False",
+                100 * idle,
+                plan.ranks * plan.accumulation,
+            )
+        return plan
 
     def __len__(self) -> int:
         return self.iterations(1)

@@ -44,7 +44,21 @@ def _grow(suffixes: list[int], partners: list[dict[int, list[int]]], room: int) 
     gains: dict[int, int] = {}  # new pairs that a candidate would bring
     members: set[int] = set()
     pairs: list[int] = []
-    while (candidate := _next(suffixes, partners, room, gains, members)) is not None:
+    # Where none has a pair with what is there, a part begins anew beside it, with a candidate of
+    # many pairs. One that finds no room will not find any later.
+    alive = [c for c, others in enumerate(partners) if others]
+    seeds = iter(sorted(alive, key=lambda c: (-len(partners[c]), -suffixes[c])))
+
+    def has_room(c: int) -> bool:
+        return c not in members and any(suffixes[c] + suffixes[o] <= room for o in partners[c])
+
+    while True:
+        fitting = [c for c in gains if suffixes[c] <= room]
+        candidate = max(fitting, key=lambda c: (gains[c] / suffixes[c], -c), default=None)
+        if candidate is None:
+            candidate = next(filter(has_room, seeds), None)
+        if candidate is None:
+            return pairs
         members.add(candidate)
         room -= suffixes[candidate]
         gains.pop(candidate, None)
@@ -54,23 +68,3 @@ def _grow(suffixes: list[int], partners: list[dict[int, list[int]]], room: int) 
                 del partners[other][candidate]
             else:
                 gains[other] = gains.get(other, 0) + len(partners[candidate][other])
-    return pairs
-
-
-def _next(
-    suffixes: list[int],
-    partners: list[dict[int, list[int]]],
-    room: int,
-    gains: dict[int, int],
-    members: set[int],
-) -> int | None:
-    fitting = [c for c in gains if suffixes[c] <= room]
-    if fitting:
-        return max(fitting, key=lambda c: (gains[c] / suffixes[c], -c))
-    # None has a pair with what is there: begin anew beside it, with a candidate of many pairs.
-    seeds = [
-        c
-        for c, others in enumerate(partners)
-        if c not in members and any(suffixes[c] + suffixes[o] <= room for o in others)
-    ]
-    return max(seeds, key=lambda c: (len(partners[c]), suffixes[c]), default=None)

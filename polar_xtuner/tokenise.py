@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import marshal
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -172,23 +173,27 @@ class _Job:
         )
         block, bad = Block(), []
         for _, members in groupby(rows, key=lambda row: row[:3]):
+            numbers: dict[tuple[int, ...], int] = {}
             pairs: list[tuple[Any, ...]] = []
             for row in members:
                 chosen, rejected = [
-                    [next(ids) for _ in texts] for texts in (row.chosen, row.rejected)
+                    [numbers.setdefault(next(ids), len(numbers)) for _ in texts]
+                    for texts in (row.chosen, row.rejected)
                 ]
                 if set(chosen) & set(rejected):
                     bad.append(row)
                 else:
                     place = (row.margin, row.file, row.line)
                     pairs += [(*pair, *place) for pair in product(chosen, rejected)]
+            sequences = [*numbers]
             groups = [pairs] if self.group_candidates else [[pair] for pair in pairs]
             for group in filter(None, groups):
-                numbers: dict[tuple[int, ...], int] = {}
-                for pair in group:
-                    for candidate in pair[:2]:
-                        numbers.setdefault(candidate, len(numbers))
-                block.add([*numbers], [(numbers[c], numbers[r], *place) for c, r, *place in group])
+                used = dict.fromkeys(chain.from_iterable(pair[:2] for pair in group))
+                place_of = {candidate: place for place, candidate in enumerate(used)}
+                block.add(
+                    [sequences[candidate] for candidate in used],
+                    [(place_of[c], place_of[r], *row_of) for c, r, *row_of in group],
+                )
         return _Done(len(rows), block.arrays(), bad)
 
     def _read(self, entries: NDArray[Any]) -> list[_Texts]:
@@ -200,15 +205,17 @@ class _Job:
 
 
 def _processes() -> int:
-    return min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, MOST_PROCESSES)
 
 
 def _run(job: _Job, entries: list[NDArray[Any]], processes: int) -> Iterator[_Done]:
     processes = min(processes, len(entries))
-    if processes < 2 or not job.template.is_fast:  # a slow tokenizer may be code of its own
+    # A slow tokenizer may be code of its own, which another process would not find.
+    if processes < 2 or not job.template.is_fast or not sys.executable:
         yield from map(job, entries)
         return
     try:
         yield from run_in_order(job, entries, processes)
     except WorkerError as error:
-        raise WorkerError(f"{error}, perhaps for want of memory: lower num_proc") from error
+        raise WorkerError(f"{error}: lower num_proc, 1 needs no other process") from error

@@ -17,8 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 
 class WorkerError(RuntimeError):
@@ -37,12 +36,12 @@ def run_in_order(job: Callable[[Any], Any], calls: Iterable[Any], processes: int
     """
     pool = ThreadPoolExecutor(processes)
     own = threading.local()
-    started: list[subprocess.Popen[bytes]] = []
+    crew = _Crew()
 
     def answer(call: Any) -> Any:
         if not hasattr(own, "process"):
-            own.process = _start(job)
-            started.append(own.process)
+            own.process = crew.start()
+            _send(own.process, job)
         return _ask(own.process, call)
 
     pending: deque[Future[Any]] = deque()
@@ -55,28 +54,46 @@ def run_in_order(job: Callable[[Any], Any], calls: Iterable[Any], processes: int
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in started:
-            process.kill()
+        crew.end()
         pool.shutdown()
-        for process in started:
-            process.communicate()
 
 
-def _start(job: Any) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.getenv("PYTHONPATH")]))
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        # The processes are what runs in parallel.
-        env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
-    )
-    _send(process.stdin, job, process)
-    return process
+class _Crew:
+    """The processes that were started, so that they end together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._is_over = False
+
+    def start(self) -> subprocess.Popen[bytes]:
+        # It imports what this process does, from the same places: neither the working directory
+        # nor an environment variable of its own decides.
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
+        with self._lock:
+            if self._is_over:
+                raise WorkerError("the work is over")
+            process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                # The processes are what runs in parallel.
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            )
+            self._processes.append(process)
+        return process
+
+    def end(self) -> None:
+        with self._lock:
+            self._is_over = True
+            for process in self._processes:
+                process.kill()
+        for process in self._processes:
+            process.wait()
 
 
 def _ask(process: subprocess.Popen[bytes], call: Any) -> Any:
-    _send(process.stdin, call, process)
+    _send(process, call)
     try:
         answer, error = pickle.load(process.stdout)  # type: ignore[arg-type]
     except (EOFError, pickle.UnpicklingError):
@@ -86,20 +103,23 @@ def _ask(process: subprocess.Popen[bytes], call: Any) -> Any:
     return answer
 
 
-def _send(pipe: IO[bytes] | None, value: Any, process: subprocess.Popen[bytes]) -> None:
-    assert pipe is not None
+def _send(process: subprocess.Popen[bytes], value: Any) -> None:
+    assert process.stdin is not None
     try:
-        pickle.dump(value, pipe, pickle.HIGHEST_PROTOCOL)
-        pipe.flush()
+        pickle.dump(value, process.stdin, pickle.HIGHEST_PROTOCOL)
+        process.stdin.flush()
     except BrokenPipeError:
         raise _ended(process) from None
 
 
 def _ended(process: subprocess.Popen[bytes]) -> WorkerError:
-    return WorkerError(f"a process that works for this one ended with status {process.wait()}")
+    status = process.wait()
+    why = ", perhaps for want of memory" if status == -signal.SIGKILL else ""
+    return WorkerError(f"a process that works for this one ended with status {status}{why}")
 
 
-def _serve() -> None:
+def serve() -> None:
+    """What such a process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this one ends it
     gc.disable()  # looking for cycles among millions of ids takes a quarter of the time
     calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -116,7 +136,3 @@ def _serve() -> None:
             answer = None, error
         pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
         answers.flush()
-
-
-if __name__ == "__main__":
-    _serve()

@@ -253,6 +253,16 @@ def test_rows_are_named_however_they_were_merged(
     ]  # fmt: skip
 
 
+def test_texts_may_be_strings_of_another_kind(build: Callable[..., PolarDataset]) -> None:
+    strange = [{k: np.str_(v) for k, v in raw.items()} for raw in ROWS]
+    mapped = build(ROWS, dataset_map_fn=partial(_look_up, dict(enumerate(strange))))
+    assert all_sequences(mapped) == all_sequences(build(ROWS))
+
+
+def _look_up(rows: dict[int, Raw], raw: Raw) -> Raw:
+    return next(r for r in rows.values() if r["prompt"] == raw["prompt"])
+
+
 def test_a_killed_process_is_an_error_that_names_the_setting(
     build: Callable[..., PolarDataset], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -352,6 +362,8 @@ def test_no_row_left_is_an_error_that_names_the_file(
     [
         {"on_bad_row": "ignore"},
         {"on_long_group": "ignore"},
+        {"num_proc": 0},
+        {"num_proc": "2"},
         {"dataset": []},
         {"data_files": None},
         {"dataset_map_fn": "nowhere.to_be_found"},

@@ -1,6 +1,7 @@
 """Encoding word by word changes no id: the plain way is one call of the tokenizer a text."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,12 @@ def with_a_greedy_token() -> Tokenizer:
     return tokenizer
 
 
+def with_a_token_of_two_words() -> Tokenizer:
+    tokenizer = bpe()
+    tokenizer.add_tokens([AddedToken("ab a", normalized=False), AddedToken("b c", normalized=True)])
+    return tokenizer
+
+
 def of_words() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "ab": 2}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -139,7 +146,7 @@ def of_words() -> Tokenizer:
 @pytest.mark.parametrize(
     "make",
     [prepending, stripping, splitting_before, reaching_over_spaces, merging_bytes,
-     taking_whole_words, with_a_greedy_token, of_words],
+     taking_whole_words, with_a_greedy_token, with_a_token_of_two_words, of_words],
 )  # fmt: skip
 @settings(max_examples=60)
 @given(texts)
@@ -164,3 +171,13 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ours.encode(texts) == plainly(tokenizer, texts)
         assert len(ours._memo) <= 40
         assert all(len(word) <= encoder.LONGEST_WORD for word in ours._memo)
+
+
+def test_threads_may_share_an_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "REMEMBERED_WORDS", 5)
+    tokenizer = bpe()
+    ours = encoder_of(tokenizer)
+    batches = [[f"{'ab' * 50} {'中' * 70} a{number % 7}"] * 3 for number in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(ours.encode, batches)]
+    assert found == [plainly(tokenizer, batch) for batch in batches]

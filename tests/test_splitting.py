@@ -1,3 +1,4 @@
+import time
 from typing import Any
 
 import numpy as np
@@ -90,3 +91,11 @@ def test_a_large_group_is_split_in_seconds() -> None:
     assert not len(unfit)
     assert sum(map(len, parts)) == 90_000
     assert len(parts) <= 40
+
+
+def test_many_pairs_without_a_common_candidate_are_split_in_seconds() -> None:
+    chosen, rejected = [*range(0, 10_000, 2)], [*range(1, 10_000, 2)]
+    start = time.process_time()
+    parts, _ = split_pairs([500, *[300] * 10_000], chosen, rejected, 32768)
+    assert time.process_time() - start < 10
+    assert len(parts) == 95  # 53 pairs each

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import polar_xtuner
 from polar_xtuner.workers import WorkerError, run_in_order
 
 
@@ -41,6 +42,29 @@ def test_a_killed_process_is_an_error_and_not_a_hang() -> None:
 
 def test_what_a_job_prints_is_not_taken_for_an_answer() -> None:
     assert [*run_in_order(print, ["hello"] * 5, 2)] == [None] * 5
+
+
+def test_processes_import_what_this_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the working directory nor its modules decide."""
+    for name in ("tokenize", "pickle", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong module')")
+    (tmp_path / "polar_xtuner").mkdir()
+    (tmp_path / "polar_xtuner" / "__init__.py").write_text("raise RuntimeError('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    (found,) = run_in_order(eval, ["__import__('polar_xtuner').__file__"], 1)
+    assert found == polar_xtuner.__file__
+
+
+def test_an_early_end_does_not_wait_for_the_calls_under_way() -> None:
+    start = time.monotonic()
+    answers = run_in_order(time.sleep, [0.0, *[60.0] * 20], 2)
+    next(answers)
+    answers.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - start < 30
+    assert not children()
 
 
 def test_calls_are_taken_a_few_ahead_only() -> None:

@@ -8,8 +8,9 @@ epoch, `xtuner` is `build_preference_dataset` with its reference-aware options; 
 with the cache that the first has left; xtuner has none.
 
 `--rows N` takes that many rows, those of the file over and over, with a running number put into
-every text so that no two are the same. Memory is the sum of what all processes of a side hold at
-its peak (resident set; memory that several share counts once for each).
+every text (message lists, that is) so that no two are the same. No prompt comes twice then, so only
+the two answers of a row share their prefix. Memory is the sum of what all processes of a side hold
+at its peak (resident set; memory that several share counts once for each).
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def parse_args() -> argparse.Namespace:
 
 def numbered(file: Path, count: int, folder: Path) -> Path:
     """So many distinct rows made of those of a file."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with file.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines if line.strip()]
     path = folder / "rows.jsonl"
     with path.open("w", encoding="utf-8") as out:
         for number in range(count):
