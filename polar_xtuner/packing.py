@@ -203,14 +203,19 @@ class _Groups(NamedTuple):
         room = [self.cap] * packs
         loads = [(0, pack) for pack in range(packs)]  # a heap
         left = []
+        too_long = self.cap + 1  # for any pack, as room only shrinks
         for share in self._costliest_first(shares):
             length, cost = self.lengths[share.group], self.costs[share.group]
             load, pack = loads[0]
+            if length >= too_long:
+                left.append(share)
+                continue
             if room[pack] >= length:
                 heapreplace(loads, (load + cost, pack))
             else:
                 fitting = [entry for entry in loads if room[entry[1]] >= length]
                 if not fitting:
+                    too_long = length
                     left.append(share)
                     continue
                 load, pack = min(fitting)
