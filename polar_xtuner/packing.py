@@ -232,11 +232,15 @@ class _Groups(NamedTuple):
 
     def fit(self, shares: list[Share], packs: int) -> tuple[Step, list[Share]]:
         """The same for groups so long that few fit a pack: each where it leaves least room."""
+        fitted = self.fit_all(shares)
+        empty: Step = [[] for _ in range(packs - len(fitted))]
+        return fitted[:packs] + empty, [*chain.from_iterable(fitted[packs:])]
+
+    def fit_all(self, shares: list[Share]) -> Step:
+        """`fit` in as many packs as it takes."""
         ordered = self._costliest_first(shares)
         fitted = best_fit(np.array([self.lengths[share.group] for share in ordered]), self.cap)
-        members = [[ordered[i] for i in pack] for pack in fitted]
-        spread = members[:packs] + [[] for _ in range(packs - len(members))]
-        return spread, [*chain.from_iterable(members[packs:])]
+        return [[ordered[i] for i in pack] for pack in fitted]
 
     def _costliest_first(self, shares: list[Share]) -> list[Share]:
         return sorted(shares, key=lambda share: -self.costs[share.group])
@@ -267,7 +271,7 @@ def _filled(
         may_leave = a_step if number + 1 < windows else 1  # tokens that go to the next window
         packs, left = groups.place(shares, size * per_step, may_leave)
         while groups.tokens(left) >= may_leave:
-            size += max(1, groups.tokens(left) // a_step)
+            size = max(size + 1, len(groups.fit_all(shares)) // per_step)
             packs, left = groups.place(shares, size * per_step, may_leave)
         packs = [packs[i] for i in random.permutation(len(packs))]
         packs.sort(key=bool, reverse=True)  # empty ones last, so that steps share them
