@@ -93,7 +93,6 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         if num_proc is not None and (type(num_proc) is not int or num_proc < 1):
             raise ValueError(f"num_proc must be None or a whole number >= 1, got {num_proc!r}")
         self.max_packed_length = max_packed_length
-        self._on_bad_row = on_bad_row
         template = PolarTemplate(
             _built(tokenizer),
             max_length,
