@@ -75,7 +75,9 @@ def test_steps_with_nothing_to_do_for_most_ranks_are_told_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sampler, "get_world_size", lambda: 4)
-    monkeypatch.setattr(logging.getLogger("polar_xtuner"), "propagate", True)
+    package = logging.getLogger("polar_xtuner")  # the engine hands its records to the run's logger
+    monkeypatch.setattr(package, "handlers", [])
+    monkeypatch.setattr(package, "propagate", True)
     with caplog.at_level(logging.WARNING, logger="polar_xtuner"):
         len(PackSampler(dataset(pairs=1), pairs_per_step=8))
         assert not caplog.records
