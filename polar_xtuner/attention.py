@@ -10,6 +10,8 @@ writes a full-size tensor for every slice.
 Backends: `sdpa` runs on any device and is the reference; `flash_attn` is one
 `flash_attn_varlen_func` call (flash-attn >= 2.1, the first to align bottom-right). A backend is
 never trusted unseen: `choose_backend` compares it with the reference on the device it will run on.
+With sequence parallelism it runs on a share of the heads, between two exchanges
+(`sequence_parallel`).
 
 Shapes: T tokens, K gathered keys, H query heads, G KV heads, D head size.
 """
@@ -25,6 +27,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polar_xtuner.collate import PackLayout
+from polar_xtuner.sequence_parallel import (
+    check_heads,
+    heads_to_slices,
+    sequence_parallel_size,
+    slices_to_heads,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,15 +82,27 @@ def flash_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackLay
     )
 
 
+def exchanged(attention: Attention) -> Attention:
+    """`attention` over a whole pack, for ranks that each hold a slice of its tokens."""
+
+    def attend(q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor, layout: PackLayout) -> Tensor:
+        q_THD, k_TGD, v_TGD = slices_to_heads(q_SHD, k_SGD, v_SGD, sum(layout.piece_lengths))
+        return heads_to_slices(attention(q_THD, k_TGD, v_TGD, layout))
+
+    return attend
+
+
 def choose_backend(
     name: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
 ) -> Attention:
     """The attention function of a backend, checked on `device` against the reference.
 
-    `auto` is flash_attn on CUDA in half precision where it is installed, else sdpa.
+    `auto` is flash_attn on CUDA in half precision where it is installed, else sdpa. With sequence
+    parallelism the function takes this rank's slice of the tokens, and all of `heads`.
 
     Raises:
-        ValueError: unknown name, or flash_attn where it cannot run.
+        ValueError: unknown name, flash_attn where it cannot run, or KV heads that the ranks of a
+            sequence-parallel group cannot divide.
         RuntimeError: the backend disagrees with the reference; the message has the numbers.
     """
     if name not in BACKENDS:
@@ -90,12 +110,17 @@ def choose_backend(
     reason = _why_no_flash(device, dtype)
     if name == "flash_attn" and reason:
         raise ValueError(f"attention='flash_attn' cannot run here: {reason}")
+    check_heads(heads, kv_heads)
+    size = sequence_parallel_size()
+    attention = sdpa_attention
     if name == "sdpa" or reason:
         logger.info("attention: sdpa%s", f" ({reason})" if name == "auto" else "")
-        return sdpa_attention
-    difference = check_backend(flash_attention, device, dtype, heads, kv_heads, head_dim)
-    logger.info("attention: flash_attn (off the reference by at most %.1e)", difference)
-    return flash_attention
+    else:
+        attention = flash_attention
+        share = (heads // size, kv_heads // size, head_dim)
+        difference = check_backend(attention, device, dtype, *share)
+        logger.info("attention: flash_attn (off the reference by at most %.1e)", difference)
+    return attention if size == 1 else exchanged(attention)
 
 
 def _why_no_flash(device: torch.device, dtype: torch.dtype) -> str:

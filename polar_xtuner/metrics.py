@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_world_size
+from mmengine.dist import all_reduce
 from torch import Tensor
 
 from polar_xtuner.packing import ModelShape, attended_pairs
+from polar_xtuner.sequence_parallel import data_parallel_size, sequence_parallel_size
 
 PAIR_SUMS = (
     *("pairs", "correct", "ties", "chosen", "rejected"),
@@ -180,7 +181,7 @@ class Interval:
             if ranks
         ]
         for name, number in zip((*PAIR_SUMS, "loss", *HOST_SUMS), numbers):
-            self._total[name] += number
+            self._total[name] += number / sequence_parallel_size()  # whose ranks share a pack
         self._total["iterations"] += len(losses)
         self._total["steps"] += len(norms)
         self._total["norm"] += sum(values[len(losses) :])
@@ -195,7 +196,7 @@ class Interval:
 
         Per pair where a name is of pairs, and 0 for an interval without one.
         """
-        total, ranks = self._total, get_world_size()
+        total, ranks = self._total, data_parallel_size()
         self._total = defaultdict(float)
         pairs, tokens = max(total["pairs"], 1), total["tokens"]
         seconds, iterations = total["seconds"], total["iterations"]
@@ -221,7 +222,8 @@ class Interval:
         if total["steps"]:
             values["grad_norm"] = total["norm"] / total["steps"]
         if self._peak is not None:
-            values["mfu"] = total["flops"] / (seconds * ranks * self._peak)
+            devices = ranks * sequence_parallel_size()
+            values["mfu"] = total["flops"] / (seconds * devices * self._peak)
         return values
 
 

@@ -8,7 +8,8 @@ As in the published code, norms and rotary angles are computed in float32 (in a 
 norm and the cosines of the angles in float64). The reward head runs in float32 at least, on the
 reward rows only: in bfloat16 a reward near 10 moves in steps of 0.06.
 
-Shapes: T tokens of the pack, E hidden size, H query heads, G KV heads, D head size, C candidates.
+Shapes: T tokens of the pack (from the embedding on, with sequence parallelism, of this rank's slice
+of it: `sequence_parallel`), E hidden size, H query heads, G KV heads, D head size, C candidates.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ from transformers.activations import ACT2FN
 
 from polar_xtuner.attention import Attention, choose_backend
 from polar_xtuner.collate import PackLayout
+from polar_xtuner.sequence_parallel import (
+    check_same_pack,
+    own_slice,
+    rewards_of,
+    sequence_parallel_size,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -238,6 +245,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
         self.attention_backend = "auto"
         """One of `attention.BACKENDS`; checked and settled at the first forward."""
         self._attention: tuple[Any, Attention] | None = None
+        self._same_pack_in: set[bool] = set()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -248,7 +256,17 @@ class InternLM2Model(InternLM2PreTrainedModel):
         self.tok_embeddings = value
 
     def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, layout: PackLayout) -> Tensor:
-        """(T, E): the normed hidden states of a pack."""
+        """(T, E): the normed hidden states of a pack; what `sequence_parallel.rewards_of` takes.
+
+        Raises:
+            ValueError: with sequence parallelism, the ranks of a group have different packs (seen
+                at the first pack in training and in evaluation), or cannot divide the heads.
+        """
+        if sequence_parallel_size() > 1:
+            if self.training not in self._same_pack_in:
+                check_same_pack(input_ids_T)
+                self._same_pack_in.add(self.training)
+            input_ids_T, position_ids_T = own_slice(input_ids_T), own_slice(position_ids_T)
         x_TE = self.tok_embeddings(input_ids_T)
         device, dtype = x_TE.device, x_TE.dtype
         if torch.is_autocast_enabled(device.type):
@@ -299,7 +317,22 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
     ) -> Tensor:
         """(C,): the reward of each candidate of a pack, float32 at least."""
         hidden_TE = self.model(input_ids_T, position_ids_T, layout)
-        return self.v_head(hidden_TE[reward_rows_C])
+        return rewards_of(self.v_head, hidden_TE, reward_rows_C)
+
+    @classmethod
+    def empty(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> InternLM2ForRewardModel:
+        """What `from_pretrained` would give, on the meta device: shapes and dtypes, no values."""
+        dtype = kwargs.pop("torch_dtype", None)
+        config, _ = cls.config_class.from_pretrained(
+            pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
+        )
+        if dtype == "auto":
+            dtype = config.torch_dtype
+        elif isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        with torch.device("meta"):
+            model = cls(config)
+        return model.to(dtype or torch.float32)
 
     @classmethod
     def from_pretrained(

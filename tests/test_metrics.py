@@ -122,7 +122,7 @@ def test_values_start_anew_with_each_interval():
 def test_two_ranks_report_the_pairs_of_both(monkeypatch):
     mine, theirs = pack(1, pairs=6), pack(2, pairs=4)
     sent = []
-    monkeypatch.setattr(metrics, "get_world_size", lambda: 2)
+    monkeypatch.setattr(metrics, "data_parallel_size", lambda: 2)
     for one, exchange in (
         (theirs, lambda x: sent.append(x.clone())),
         (mine, lambda x: x.add_(sent[0])),
