@@ -16,6 +16,7 @@ TRAIN = [
     "torch>=2.6",  # the first whose checkpoints load without running pickled code
     "torchvision",
     "tensorboard",
+    "psutil",
     "setuptools",  # deepspeed 0.16.2 imports it without asking for it
     "sentencepiece!=0.2.2",  # 0.2.2 cannot read the InternLM2 tokenizer
 ]

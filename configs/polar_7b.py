@@ -42,6 +42,7 @@ dataloader_num_workers = 2  # processes that prepare packs
 # Scheduler & optimizer
 accumulative_counts = 2  # packs that each GPU adds up before the optimizer steps
 pairs_per_step = None  # pairs of an optimizer step (published: 320); None fills the packs
+sequence_parallel_size = 1  # GPUs that share a pack; above 1 needs --deepspeed and flash-attn
 max_epochs = 1  # a reward model that sees its data twice overfits
 lr = 2e-5  # published for 7B; 1e-5 for 1.8B
 betas = (0.9, 0.95)  # of AdamW
@@ -53,6 +54,8 @@ final_lr_ratio = 0.1  # share of the learning rate that the cosine ends at
 # Save & log
 save_steps = 500  # iterations between checkpoints
 save_total_limit = 2  # checkpoints to keep; -1 keeps all
+time_limit = None  # "23:30:00": time after the start at which to save and stop; None: no limit
+resume_changed = False  # True: resume although data, limits, seed or packing have changed
 log_interval = 10  # iterations between log lines, at which the host waits for the GPU
 seed = 42  # of the order of the data and of new weights
 
@@ -137,7 +140,12 @@ param_scheduler = dict(
     accumulative_counts=accumulative_counts,
 )
 
-train_cfg = dict(type="PolarTrainLoop", max_epochs=max_epochs)
+train_cfg = dict(
+    type="PolarTrainLoop",
+    max_epochs=max_epochs,
+    time_limit=time_limit,
+    resume_changed=resume_changed,
+)
 
 #######################################################################
 #                           PART 5  Runtime                           #
@@ -149,7 +157,7 @@ default_hooks = dict(
     ),
     param_scheduler=dict(type="ParamSchedulerHook"),
     checkpoint=dict(
-        type="CheckpointHook",
+        type="PolarCheckpointHook",
         by_epoch=False,
         interval=save_steps,
         max_keep_ckpts=save_total_limit,
@@ -169,6 +177,7 @@ visualizer = dict(
         dict(type="LocalVisBackend"),  # vis_data/scalars.json, one line a log line
     ],
 )
+runner_type = "PolarRunner"  # tokenises before it loads the model
 log_level = "INFO"
 load_from = None  # a checkpoint to start from, or to resume
 resume = False  # True resumes from load_from, or from the newest checkpoint of the work dir

@@ -107,7 +107,8 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         self._names = source.names
 
         key = hashlib.sha256(f"{STORE_VERSION} {group_candidates} {on_bad_row}".encode())
-        for part in (source.fingerprint(), template.fingerprint):
+        fingerprints = source.fingerprint(), template.fingerprint
+        for part in fingerprints:
             key.update(part.encode())
         self.store: TokenStore = open_or_build(
             Path(cache_dir) if cache_dir else _default_cache_dir(),
@@ -127,6 +128,17 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         self._whole, self.lengths, self.pair_counts, self.attended = self._fit(on_long_group)
         if not len(self.lengths):
             raise ValueError(f"no row to train on in {', '.join(self._names)}")
+        groups = hashlib.sha256(self.lengths.tobytes() + self.pair_counts.tobytes())
+        self.identity = {
+            "data": fingerprints[0],
+            "template": fingerprints[1],
+            "max_length": max_length,
+            "max_response_length": max_response_length,
+            "max_packed_length": max_packed_length,
+            "group_candidates": group_candidates,
+            "groups": groups.hexdigest(),
+        }
+        """What a plan for these groups is valid for; hashes where a value is large."""
         self._report()
 
     def group(self, number: int) -> Group:

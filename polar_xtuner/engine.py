@@ -9,28 +9,34 @@ from __future__ import annotations
 from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks versions)
 
 import logging
+import sys
 import time
-from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
-from mmengine.optim import AmpOptimWrapper
-from mmengine.registry import FUNCTIONS, LOOPS
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.registry import FUNCTIONS, LOOPS, RUNNERS
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import Tensor
 from xtuner.registry import BUILDER
 
+from polar_xtuner.checkpoint import CheckpointError, PolarCheckpointHook
+from polar_xtuner.checks import (
+    check_model,
+    check_settings,
+    deepspeed_config,
+    polar_model,
+    shape_of,
+    unwrapped,
+)
 from polar_xtuner.collate import collate_pack
+from polar_xtuner.interruption import STOPPED, Agreement, Interruption, ignore_signals
 from polar_xtuner.metrics import Interval, peak_flops
-from polar_xtuner.modeling_internlm2 import InternLM2Config, first_names
-from polar_xtuner.optim import PolarOptimWrapper
-from polar_xtuner.packing import ModelShape
-from polar_xtuner.reward_model import PolarRewardModel
+from polar_xtuner.modeling_internlm2 import first_names
+from polar_xtuner.optim import PolarOptimWrapper, WarmupCosineLR
+from polar_xtuner.resume import RECORD, find_checkpoint, record_of, settle
 from polar_xtuner.sampler import PackSampler
-from polar_xtuner.template import check_vocabulary
 
 for registry in (BUILDER, FUNCTIONS):
     registry.register_module(module=collate_pack, name="collate_pack")
@@ -60,10 +66,10 @@ class CompleteCheckpointHook(Hook):  # type: ignore[misc]
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError with the names of the trained tensors that `checkpoint` lacks."""
-        if _deepspeed_config(runner) is not None:
+        if deepspeed_config(runner) is not None:
             return  # DeepSpeed loads its own files, strictly
         state = checkpoint.get("state_dict", checkpoint)
-        lacking = sorted(set(_unwrapped(runner.model).state_dict()) - set(state))
+        lacking = sorted(set(unwrapped(runner.model).state_dict()) - set(state))
         if lacking:
             raise ValueError(
                 f"the checkpoint to load lacks {len(lacking)} tensors of this model: "
@@ -98,9 +104,13 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
     Args:
         max_epochs, max_iters: exactly one of them.
         val_begin, val_interval: as in mmengine.
+        time_limit: "HH:MM:SS" or seconds after the start of the process at which to write a
+            checkpoint and stop, as for a signal (`interruption.py`).
+        resume_changed: resume although data, template, limits, seed or packing are not those of
+            the checkpoint.
 
     Raises:
-        ValueError: a setting contradicts another.
+        ValueError: a setting contradicts another, or the checkpoint to resume from.
         NonFiniteError: loss or gradient is NaN or infinite.
     """
 
@@ -112,29 +122,38 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         max_iters: int | None = None,
         val_begin: int = 1,
         val_interval: int = 1000,
+        time_limit: str | float | None = None,
+        resume_changed: bool = False,
     ) -> None:
         if (max_epochs is None) == (max_iters is None):
             raise ValueError("train_cfg needs either max_epochs or max_iters, and not both")
         for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters)):
             if value is not None and (value != int(value) or value < 1):
                 raise ValueError(f"train_cfg.{name} must be a whole number >= 1, got {value}")
+        self._time_limit = None if time_limit is None else _seconds(time_limit)
         if isinstance(dataloader, dict):
-            dataloader = runner.build_dataloader(dataloader, seed=runner.seed)
+            dataloader = build_dataloader(runner, dataloader, runner.model)
         sampler = dataloader.sampler
-        if not isinstance(sampler, PackSampler):
-            raise ValueError(
-                "PolarTrainLoop needs train_dataloader.sampler.type=PackSampler, got "
-                f"{type(sampler).__name__}"
-            )
         counts = sampler.accumulative_counts
         if max_iters is not None and max_iters % counts:
             raise ValueError(
                 f"max_iters={max_iters} must be a multiple of accumulative_counts={counts}: "
                 "the last optimizer step would lack packs"
             )
-        # Before the first plan, which balances what packs cost.
-        sampler.model_shape = _model_shape(runner)
-        iterations = max_iters or sampler.iterations(int(max_epochs or 0))
+        check_settings(runner, sampler)
+        self._record = record_of(sampler)
+        checkpoint = find_checkpoint(runner, deepspeed_config(runner) is not None)
+        self._resumed_at = 0
+        if checkpoint is not None:
+            self._resumed_at = settle(checkpoint, sampler, self._record, resume_changed)
+        epochs = int(max_epochs or 0)
+        iterations = max_iters or sampler.iterations(epochs)
+        if checkpoint is not None and self._resumed_at >= iterations:
+            logger.warning("%s stands at the end of the run: nothing is left to do", checkpoint)
+        self._done: float | None = None
+        """Share of the run before a change of its ranks."""
+        if epochs and len(sampler.history) > 1:
+            self._done = sampler.share_done(self._resumed_at // counts, epochs)
         super().__init__(runner, dataloader, iterations, val_begin, val_interval)
         del self.dataloader_iterator  # `run` starts one where training starts
         self._report = ReportHook()
@@ -142,16 +161,21 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         runner.register_hook(CompleteCheckpointHook())
 
     def run(self) -> Any:
-        runner = self.runner
-        self._check_data_against_model()
-        self._check_accumulation()
-        self._check_precision()
+        """Train to the end, or until asked to stop: then the process exits with `STOPPED`."""
+        with Interruption(self._time_limit) as interruption:
+            self._train(interruption, Agreement())
+        return self.runner.model
+
+    def _train(self, interruption: Interruption, agreement: Agreement) -> None:
+        runner, sampler = self.runner, self.dataloader.sampler
+        check_model(runner, self.dataloader.dataset)
+        self._take_up()
         runner.log_processor.window_size = 1  # what is logged is of a whole interval already
         self._interval = _interval(runner, self.dataloader.dataset.max_packed_length)
         self._rows: dict[int, list[str]] = {}
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")
-        self.dataloader.sampler.start_iter = self._iter
+        sampler.start_iter = self._iter
         batches = iter(self.dataloader)
         runner.model.train()
         while self._iter < self._max_iters and not self.stop_training:
@@ -160,13 +184,50 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
             batch = next(batches)
             self._interval.add_wait(time.perf_counter() - waiting)
             self.run_iter(batch)
+            ends_step = self._iter % sampler.accumulative_counts == 0
+            if ends_step and agreement.any(interruption.is_due()) and self._iter < self._max_iters:
+                agreement.close()
+                self._stop(interruption.reason or "another process")
             if self._validates(self._iter):
                 runner.val_loop.run()
                 runner.model.train()
+        agreement.close()
         self._check()
         runner.call_hook("after_train_epoch")
         runner.call_hook("after_train")
-        return runner.model
+
+    def _take_up(self) -> None:
+        """Go on where the checkpoint stands, in this run's count of iterations."""
+        runner, record = self.runner, self._record
+        history = [list(stretch) for stretch in self.dataloader.sampler.history]
+        runner.message_hub.update_info(RECORD, {**record, "history": history})
+        if not self._resumed_at:
+            return
+        self._iter = self._resumed_at
+        if deepspeed_config(runner) is None:
+            # mmengine has counted from the checkpoint's iteration, of another accumulation maybe.
+            runner.optim_wrapper.initialize_count_status(runner.model, self._iter, self._max_iters)
+        for scheduler in runner.param_schedulers or []:
+            if isinstance(scheduler, WarmupCosineLR):
+                scheduler.continue_at(self._iter, self._done)
+
+    def _stop(self, reason: str) -> NoReturn:
+        """Write a checkpoint of the iterations so far and end the process."""
+        runner = self.runner
+        self._check()
+        self._iter -= 1  # as hooks see it after an iteration
+        hooks = [hook for hook in runner.hooks if isinstance(hook, PolarCheckpointHook)]
+        saved = [hook.save(runner) for hook in hooks]
+        runner.call_hook("after_run")
+        if not saved or not all(saved):
+            raise CheckpointError(f"stopped for {reason}, and no checkpoint could be written")
+        logger.warning(
+            "stopped for %s after iteration %d: %s is the checkpoint to resume from",
+            reason,
+            self._iter + 1,
+            hooks[0].last_ckpt,
+        )
+        sys.exit(STOPPED)
 
     def run_iter(self, data_batch: dict[str, Any]) -> None:
         runner, place = self.runner, {"batch_idx": self._iter, "data_batch": data_batch}
@@ -176,7 +237,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
             outputs = runner.model.train_step(data_batch, optim_wrapper=runner.optim_wrapper)
         except RuntimeError as error:
             if "non-finite" in str(error):  # torch's clip_grad_norm_(error_if_nonfinite=True)
-                loss = _polar_model(runner).pack_loss
+                loss = polar_model(runner).pack_loss
                 own = loss is None or not torch.isfinite(loss)
                 where = "on this rank" if own else "on some rank"
                 raise self._non_finite("gradient", where, self._iter) from error
@@ -194,7 +255,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         """Of all ranks' gradients, if the optimizer has just stepped and tells it."""
         if (self._iter + 1) % self.dataloader.sampler.accumulative_counts:
             return None
-        if _deepspeed_config(self.runner) is not None:
+        if deepspeed_config(self.runner) is not None:
             return self.runner.model.get_global_grad_norm()
         wrapper = self.runner.optim_wrapper
         return wrapper.grad_norm if isinstance(wrapper, PolarOptimWrapper) else None
@@ -244,95 +305,74 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
             f"rank's optimizer step: {', '.join(rows)}"
         )
 
-    def _check_data_against_model(self) -> None:
-        model = _polar_model(self.runner)
-        dataset = self.dataloader.dataset
-        check_vocabulary(dataset.special_ids, model.config.vocab_size)
-        scaling = model.config.rope_scaling or {}
-        factor = scaling["factor"] if scaling.get("type") == "linear" else 1
-        longest = int(factor * model.config.max_position_embeddings)
-        if dataset.max_length > longest:
-            raise ValueError(
-                f"max_length={dataset.max_length} is more than the {longest} positions of the "
-                "model (max_position_embeddings): lower max_length"
-            )
 
-    def _check_accumulation(self) -> None:
-        deepspeed = _deepspeed_config(self.runner)
-        if deepspeed is not None:
-            counts = deepspeed["gradient_accumulation_steps"]
-        else:
-            counts = self.runner.optim_wrapper._accumulative_counts
-        planned = self.dataloader.sampler.accumulative_counts
-        if counts != planned:
-            raise ValueError(
-                f"the optimizer accumulates {counts} packs, the sampler plans for {planned}: set "
-                "optim_wrapper.accumulative_counts and train_dataloader.sampler."
-                "accumulative_counts to the same number"
-            )
-        saves = [h.interval for h in self.runner.hooks if isinstance(h, CheckpointHook)]
-        if any(interval > 0 and interval % planned for interval in saves):
-            raise ValueError(
-                f"checkpoints every {saves} iterations would split an optimizer step of {planned}: "
-                "set default_hooks.checkpoint.interval to a multiple of accumulative_counts"
-            )
-        if self._iter % planned:
-            raise ValueError(
-                f"the checkpoint stands at iteration {self._iter}, within an optimizer step of "
-                f"{planned}: resume from one at a multiple of accumulative_counts"
-            )
+def build_dataloader(runner: Any, config: Any, model: Any) -> Any:
+    """The dataloader of packs, planned for a model or the config of one.
 
-    def _check_precision(self) -> None:
-        dtypes = {p.dtype for p in self.runner.model.parameters() if p.requires_grad}
-        half = dtypes & {torch.float16, torch.bfloat16}
-        if isinstance(self.runner.optim_wrapper, (AmpOptimWrapper, PolarOptimWrapper)) and half:
-            raise ValueError(
-                f"trained weights are {half.pop()} without a float32 copy, which loses small "
-                "updates: set model.llm.torch_dtype to float32, or train with --deepspeed"
-            )
+    Raises:
+        ValueError: another sampler; the data cannot be planned for this many ranks.
+    """
+    dataloader = runner.build_dataloader(config, seed=runner.seed)
+    sampler = dataloader.sampler
+    if not isinstance(sampler, PackSampler):
+        raise ValueError(
+            "PolarTrainLoop needs train_dataloader.sampler.type=PackSampler, got "
+            f"{type(sampler).__name__}"
+        )
+    dataloader.worker_init_fn = _QuietWorker(dataloader.worker_init_fn)
+    # Before the first plan, which balances what packs cost.
+    sampler.model_shape = shape_of(model)
+    return dataloader
 
 
-def _deepspeed_config(runner: Any) -> dict[str, Any] | None:
-    """What DeepSpeed runs with, None where it does not: then the runner has no such strategy."""
-    return getattr(getattr(runner, "strategy", None), "config", None)
+class _QuietWorker:
+    """Starts a process that prepares packs: it outlives signals that the run hears."""
+
+    def __init__(self, init: Any) -> None:
+        self._init = init
+
+    def __call__(self, worker: int) -> None:
+        ignore_signals()
+        if self._init is not None:
+            self._init(worker)
 
 
-def _unwrapped(model: Any) -> Any:
-    """The model inside DDP or a DeepSpeed engine."""
-    if is_model_wrapper(model):
-        model = model.module
-    elif hasattr(model, "model") and not isinstance(model, PolarRewardModel):
-        model = model.model
-        model = getattr(model, "module", model)
-    return model
+@RUNNERS.register_module()
+class PolarRunner(Runner):  # type: ignore[misc]
+    """mmengine's runner, but it tokenises and plans before it loads the model.
+
+    What cannot be trained on is said in seconds, and no GPU waits for tokens. With `--deepspeed`
+    mmengine's `FlexibleRunner` takes its place, and does so by itself.
+    """
+
+    def build_model(self, model: Any) -> Any:
+        loader: Any = self._train_dataloader  # type: ignore[has-type]
+        if isinstance(loader, dict) and loader["sampler"]["type"] in ("PackSampler", PackSampler):
+            self._train_dataloader = build_dataloader(self, loader, model)
+            len(self._train_dataloader.sampler)
+        return super().build_model(model)
 
 
-def _polar_model(runner: Any) -> PolarRewardModel:
-    model = _unwrapped(runner.model)
-    if not isinstance(model, PolarRewardModel):
-        raise ValueError(f"PolarTrainLoop trains a PolarRewardModel, got {type(model).__name__}")
-    return model
+def _seconds(limit: str | float) -> float:
+    """Of "HH:MM:SS" or a number.
 
-
-def _model_shape(runner: Any) -> ModelShape:
-    """Of the model, or of the one that will be built: with DeepSpeed it is a config until then."""
-    names = [field.name for field in fields(ModelShape)]
-    if isinstance(runner.model, dict):
-        llm = runner.model["llm"]
-        given = {name: llm[name] for name in names if name in llm}
-        config = InternLM2Config.from_pretrained(llm["pretrained_model_name_or_path"], **given)
-    else:
-        config = _polar_model(runner).config
-    return ModelShape(**{name: getattr(config, name) for name in names})
+    Raises:
+        ValueError: it is neither, or not positive.
+    """
+    parts = [float(part) for part in str(limit).split(":") if part.replace(".", "", 1).isdigit()]
+    seconds = sum(part * 60**place for place, part in enumerate(reversed(parts)))
+    if len(parts) not in (1, 3) or len(parts) != str(limit).count(":") + 1 or not seconds:
+        raise ValueError(f"train_cfg.time_limit must be 'HH:MM:SS' or seconds, got {limit!r}")
+    return seconds
 
 
 def _interval(runner: Any, max_packed_length: int) -> Interval:
     """Counts what a run does on the device it runs on."""
-    model, peak = _polar_model(runner), None
+    model, peak = polar_model(runner), None
     if model.data_preprocessor.device.type == "cuda":
         name = torch.cuda.get_device_name()
         peak = peak_flops(name)
         if peak is None:
             logger.info("mfu is not logged: the peak of %s is not known", name)
     frozen = hasattr(model.llm, "peft_config")
-    return Interval(_model_shape(runner), max_packed_length, frozen=frozen, peak=peak)
+    return Interval(shape_of(model), max_packed_length, frozen=frozen, peak=peak)

@@ -88,11 +88,30 @@ class WarmupCosineLR(_ParamScheduler):  # type: ignore[misc]
         self.total = math.ceil(end / accumulative_counts)
         self.warmup = max(1, math.ceil(warmup_ratio * self.total))
         self.final = final_lr_ratio
+        self._from = (0, 0.0)
         super().__init__(optimizer, param_name="lr", end=end, **kwargs)
+
+    def continue_at(self, iteration: int, done: float | None = None) -> None:
+        """Take up the curve at an iteration of a resumed run.
+
+        Args:
+            done: share of the run that lies before, where this is not `iteration / end`: ranks have
+                changed, and the rest of the curve is spread over the iterations that are left.
+        """
+        self._from = (0, 0.0) if done is None else (iteration // self.counts, done * self.total)
+        self.last_step = self._global_step = iteration
+        for group, value in zip(self.optimizer.param_groups, self._get_value()):
+            group[self.param_name] = value
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: peak and length of the curve are the config's; the loop says where to go on."""
 
     def factor(self, iteration: int) -> float:
         """Share of the peak learning rate at an iteration, counted from 0."""
-        step = iteration // self.counts
+        step: float = iteration // self.counts
+        start, place = self._from
+        if start:
+            step = place + (step - start) * (self.total - place) / max(1, self.total - start)
         if step < self.warmup:
             return (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.total - self.warmup)

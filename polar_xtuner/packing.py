@@ -110,6 +110,13 @@ class Plan:
         """Optimizer steps."""
         return self.iterations // self.accumulation
 
+    def rest(self, step: int) -> NDArray[np.int64]:
+        """(shares, 3): what is left to do from an optimizer step on, a `Share` a row."""
+        pack = step * self.accumulation * self.ranks
+        counts = np.diff(self.ends[pack:], prepend=self.ends[pack - 1] if pack else 0)
+        shares = self.shares[len(self.shares) - counts.sum() :]
+        return shares[np.repeat(self.pair_weights[pack:] > 0, counts)]
+
     def pack(self, iteration: int, rank: int) -> Pack:
         """What a rank computes in an iteration."""
         number = iteration * self.ranks + rank
@@ -129,6 +136,7 @@ def plan_epoch(
     epoch: int = 0,
     ranks: int = 1,
     accumulation: int = 1,
+    rest: NDArray[np.int64] | None = None,
 ) -> Plan:
     """Where and when each group goes through the model, once an epoch.
 
@@ -141,6 +149,8 @@ def plan_epoch(
         seed, epoch: two epochs of one seed have different orders.
         ranks: data-parallel size.
         accumulation: packs a rank adds up before it steps.
+        rest: (shares, 3) what is left of an epoch that began with other ranks (`Plan.rest`); None
+            plans all groups.
 
     Raises:
         ValueError: a group is longer than the cap, there are fewer groups than
@@ -149,24 +159,30 @@ def plan_epoch(
     per_step = ranks * accumulation
     if len(lengths) and lengths.max() > cap:
         raise ValueError(f"a group of {lengths.max()} tokens cannot fit a pack of {cap}")
-    if len(lengths) < per_step:
+    if rest is None and len(lengths) < per_step:
         raise ValueError(
             f"{len(lengths)} groups cannot fill one optimizer step of {ranks} ranks x "
             f"{accumulation} accumulation steps: use fewer ranks, a smaller accumulative_counts, "
             "or more data"
         )
-    groups = _Groups(lengths.tolist(), pairs.tolist(), costs.tolist(), cap)
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths))
+    groups = _Groups(lengths.tolist(), costs.tolist(), cap)
+    if rest is None:
+        random = np.random.default_rng([seed, epoch])
+        whole = np.arange(len(lengths))
+        shares = np.stack([whole, np.zeros_like(whole), pairs], axis=1)
+    else:
+        random = np.random.default_rng([seed, epoch, len(rest)])
+        shares = rest
+    shares = shares[random.permutation(len(shares))]
     if pairs_per_step is None:
-        steps = _filled(groups, order, lengths, per_step, random)
+        steps = _filled(groups, shares, lengths[shares[:, 0]], per_step, random)
     elif pairs_per_step < per_step:
         raise ValueError(
             f"pairs_per_step={pairs_per_step} is less than one pair for each of the {ranks} ranks "
             f"x {accumulation} accumulation steps: raise it, or lower accumulative_counts"
         )
     else:
-        steps = _of_pairs(groups, order.tolist(), pairs_per_step, ranks, accumulation)
+        steps = _of_pairs(groups, _shares(shares), pairs_per_step, ranks, accumulation)
     shortest = int(lengths.argmin())
     filler = Share(shortest, 0, int(pairs[shortest]))
     packs, weights = [], []
@@ -190,12 +206,8 @@ class _Groups(NamedTuple):
     """Of each group, as lists: Python reads them faster than arrays."""
 
     lengths: list[int]
-    pairs: list[int]
     costs: list[int]
     cap: int
-
-    def whole(self, group: int) -> Share:
-        return Share(group, 0, self.pairs[group])
 
     def spread(self, shares: list[Share], packs: int) -> tuple[Step, list[Share]]:
         """`shares` in so many packs of about the same cost, and those that found no room."""
@@ -249,15 +261,19 @@ class _Groups(NamedTuple):
         return sum(self.lengths[share.group] for share in shares)
 
 
+def _shares(rows: NDArray[np.int64]) -> list[Share]:
+    return [Share(*row) for row in rows.tolist()]
+
+
 def _filled(
     groups: _Groups,
-    order: NDArray[np.int64],
+    rows: NDArray[np.int64],
     lengths: NDArray[np.int64],
     per_step: int,
     random: np.random.Generator,
 ) -> list[Step]:
-    """As few steps as hold all groups, the packs of a window about equally full."""
-    ends = np.cumsum(lengths[order])
+    """As few steps as hold all shares, the packs of a window about equally full."""
+    ends = np.cumsum(lengths)
     a_step = groups.cap * per_step
     count = max(math.ceil(ends[-1] / a_step), math.floor(FULL * ends[-1] / a_step))
     windows = min(count, math.ceil(count * per_step / WINDOW))
@@ -265,8 +281,8 @@ def _filled(
     cuts = np.searchsorted(ends, ends[-1] * firsts[1:-1] / count)
     steps: list[Step] = []
     left: list[Share] = []
-    for number, members in enumerate(np.split(order, cuts)):
-        shares = left + [groups.whole(group) for group in members.tolist()]
+    for number, members in enumerate(np.split(rows, cuts)):
+        shares = left + _shares(members)
         size = int(firsts[number + 1] - firsts[number])
         may_leave = a_step if number + 1 < windows else 1  # tokens that go to the next window
         packs, left = groups.place(shares, size * per_step, may_leave)
@@ -280,14 +296,14 @@ def _filled(
 
 
 def _of_pairs(
-    groups: _Groups, order: list[int], pairs_per_step: int, ranks: int, accumulation: int
+    groups: _Groups, shares: list[Share], pairs_per_step: int, ranks: int, accumulation: int
 ) -> list[Step]:
     """Steps of exactly so many pairs, the last one of those that are left."""
-    steps = [*_by_pairs(groups, order, pairs_per_step)]
+    steps = [*_by_pairs(shares, pairs_per_step)]
     packed = _packed(groups, steps, ranks * accumulation)
     if packed is not None:
         return packed
-    most = min(pairs_per_step, len(order)) // ranks
+    most = min(pairs_per_step, len(shares)) // ranks
     enough = (a for a in range(accumulation + 1, most + 1) if _packed(groups, steps, ranks * a))
     works = next(enough, None)
     advice = "lower pairs_per_step" if works is None else f"set accumulative_counts={works}"
@@ -307,30 +323,30 @@ def _packed(groups: _Groups, steps: list[list[Share]], packs: int) -> list[Step]
     return packed
 
 
-def _by_pairs(groups: _Groups, order: list[int], pairs_per_step: int) -> Iterator[list[Share]]:
-    stream = map(groups.whole, order)
+def _by_pairs(shares: list[Share], pairs_per_step: int) -> Iterator[list[Share]]:
+    stream = iter(shares)
     waiting: list[Share] = []
     while True:
         earlier = iter(waiting)
         coming = chain(earlier, stream)
-        shares: list[Share] = []
+        step: list[Share] = []
         waiting = []
         room = pairs_per_step
         while room and len(waiting) <= WAITING and (share := next(coming, None)):
             size = share.stop - share.start
             if size <= room:
-                shares.append(share)
+                step.append(share)
                 room -= size
             else:
                 waiting.append(share)
         if room and waiting:
             group, start, stop = waiting[0]
-            shares.append(Share(group, start, start + room))
+            step.append(Share(group, start, start + room))
             waiting[0] = Share(group, start + room, stop)
-        if not shares:
+        if not step:
             return
         waiting += earlier
-        yield shares
+        yield step
 
 
 def best_fit(lengths: NDArray[np.int64], cap: int) -> list[list[int]]:

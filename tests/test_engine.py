@@ -17,6 +17,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
 from polar_xtuner import engine, metrics
+from polar_xtuner.checks import shape_of
 from polar_xtuner.engine import NonFiniteError, PolarTrainLoop
 from polar_xtuner.packing import ModelShape
 from polar_xtuner.reward_model import PolarRewardModel
@@ -206,8 +207,8 @@ def break_at(iteration: int, monkeypatch: pytest.MonkeyPatch, what: str, counts:
 
 def rows_of(runner: Any, first: int, last: int) -> list[str]:
     loader = runner.train_loop.dataloader
-    plan = loader.sampler.plan_of(0)
-    packs = [plan.pack(iteration, 0) for iteration in range(first, last)]
+    (part,) = loader.sampler.parts(0)
+    packs = [part.plan.pack(iteration, 0) for iteration in range(first, last)]
     return [row for pack in packs for row in loader.dataset[pack]["rows"]]
 
 
@@ -298,7 +299,7 @@ def test_the_sampler_knows_the_shape_of_the_model(make: Any) -> None:
 def test_the_shape_of_a_model_that_is_not_built_yet_is_that_of_its_config(
     make: Any, tiny: Path
 ) -> None:
-    runner = SimpleNamespace(model=make(2).cfg.model)
-    assert engine._model_shape(runner) == ModelShape(2, 32, 64, 4, 2)
-    runner.model.llm.num_hidden_layers = 1
-    assert engine._model_shape(runner) == ModelShape(1, 32, 64, 4, 2)
+    model = make(2).cfg.model
+    assert shape_of(model) == ModelShape(2, 32, 64, 4, 2)
+    model.llm.num_hidden_layers = 1
+    assert shape_of(model) == ModelShape(1, 32, 64, 4, 2)

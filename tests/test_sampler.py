@@ -8,7 +8,7 @@ import pytest
 
 from polar_xtuner import sampler
 from polar_xtuner.packing import ModelShape, Pack, plan_epoch
-from polar_xtuner.sampler import PackSampler
+from polar_xtuner.sampler import PackSampler, Stretch
 
 
 def dataset(groups: int = 60, pairs: int = 1) -> Any:
@@ -62,9 +62,9 @@ def test_the_packs_of_the_ranks_are_the_plan(monkeypatch: pytest.MonkeyPatch) ->
         ranks=3,
         accumulation=2,
     )
-    monkeypatch.setattr(sampler, "get_world_size", lambda: 3)
+    monkeypatch.setattr(sampler, "data_parallel_size", lambda: 3)
     for rank in range(3):
-        monkeypatch.setattr(sampler, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(sampler, "data_parallel_rank", lambda rank=rank: rank)
         packs = PackSampler(data, accumulative_counts=2, pairs_per_step=20, seed=5)
         packs.model_shape = shape
         wanted = [plan.pack(iteration, rank) for iteration in range(plan.iterations)]
@@ -74,7 +74,7 @@ def test_the_packs_of_the_ranks_are_the_plan(monkeypatch: pytest.MonkeyPatch) ->
 def test_steps_with_nothing_to_do_for_most_ranks_are_told_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sampler, "get_world_size", lambda: 4)
+    monkeypatch.setattr(sampler, "data_parallel_size", lambda: 4)
     package = logging.getLogger("polar_xtuner")  # the engine hands its records to the run's logger
     monkeypatch.setattr(package, "handlers", [])
     monkeypatch.setattr(package, "propagate", True)
@@ -84,3 +84,95 @@ def test_steps_with_nothing_to_do_for_most_ranks_are_told_of(
         len(PackSampler(dataset(pairs=10), pairs_per_step=20))
     (record,) = caplog.records
     assert "50 % of the packs hold nothing new" in record.getMessage()
+
+
+# ---- Runs whose ranks change
+
+
+def pairs_of(packs: list[Pack]) -> list[tuple[int, int]]:
+    """Group and number of every pair that counts."""
+    return [
+        (share.group, pair)
+        for pack in packs
+        if pack.pair_weight
+        for share in pack.shares
+        for pair in range(share.start, share.stop)
+    ]
+
+
+def ranked(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, history: list[Stretch], **options: Any
+) -> list[PackSampler]:
+    """The samplers of all ranks of a run."""
+    samplers = []
+    monkeypatch.setattr(sampler, "data_parallel_size", lambda: ranks)
+    for _ in range(ranks):
+        packs = PackSampler(dataset(80, pairs=3), **options)
+        packs.history = history or [packs.now(0)]
+        packs.start_iter = packs.history[-1].step * packs.accumulative_counts
+        samplers.append(packs)
+    return samplers
+
+
+def steps_of(
+    monkeypatch: pytest.MonkeyPatch, samplers: list[PackSampler], steps: int
+) -> list[list[Pack]]:
+    """The packs of all ranks in each of the next optimizer steps."""
+    counts = samplers[0].accumulative_counts
+    streams = []
+    for rank, packs in enumerate(samplers):
+        monkeypatch.setattr(sampler, "data_parallel_rank", lambda rank=rank: rank)
+        streams.append(first(packs, steps * counts))
+    return [
+        [pack for stream in streams for pack in stream[step * counts : (step + 1) * counts]]
+        for step in range(steps)
+    ]
+
+
+@pytest.mark.parametrize("pairs_per_step", [None, 20, 7])
+def test_an_epoch_that_goes_on_with_other_ranks_has_every_pair_once(
+    pairs_per_step: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[list[Pack]] = []
+    history: list[Stretch] = []
+    for ranks, counts, steps in ((3, 1, 2), (2, 2, 1), (1, 3, None)):
+        options = {"accumulative_counts": counts, "pairs_per_step": pairs_per_step, "seed": 5}
+        history = [*history, Stretch(len(done), ranks, counts)]
+        samplers = ranked(monkeypatch, ranks, history, **options)
+        left = samplers[0].iterations(1) // counts - len(done) if steps is None else steps
+        done += steps_of(monkeypatch, samplers, left)
+    assert sorted(pairs_of([pack for step in done for pack in step])) == [
+        (group, pair) for group in range(80) for pair in range(3)
+    ]
+    for step in done:
+        pairs = len(pairs_of(step))
+        assert {pack.pair_weight for pack in step if pack.pair_weight} == {len(step) / pairs}
+        assert pairs_per_step in (None, pairs) or step is done[-1]
+    # The next epoch has all groups again, planned for the ranks there are now.
+    (alone,) = samplers
+    following = first(alone, alone.iterations(2) - alone.start_iter)
+    epoch = following[alone.iterations(1) - alone.start_iter :]
+    assert len(pairs_of(epoch)) == len(set(pairs_of(epoch))) == 240
+
+
+def test_the_share_that_is_done_is_of_pairs_in_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = [Stretch(0, 3, 1), Stretch(2, 2, 1)]
+    (packs, _) = ranked(monkeypatch, 2, history)
+    three = ranked(monkeypatch, 3, [Stretch(0, 3, 1)])
+    two_steps = len(pairs_of([p for step in steps_of(monkeypatch, three, 2) for p in step]))
+    assert packs.share_done(0, 2) == 0
+    assert packs.share_done(2, 2) == pytest.approx(two_steps / 480)
+    assert packs.share_done(packs.iterations(1), 2) == 0.5
+    assert packs.share_done(packs.iterations(2), 2) == 1
+
+
+def test_where_ranks_change_between_two_epochs_nothing_is_left_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (before,) = ranked(monkeypatch, 1, [])
+    end = before.iterations(1)
+    history = [Stretch(0, 1, 1), Stretch(end, 2, 1)]
+    samplers = ranked(monkeypatch, 2, history)
+    steps = samplers[0].iterations(2) - end
+    packs = [pack for step in steps_of(monkeypatch, samplers, steps) for pack in step]
+    assert len(pairs_of(packs)) == len(set(pairs_of(packs))) == 240

@@ -1,0 +1,133 @@
+"""Where a run stands, and whether it may go on there.
+
+The packs of a run follow from what its *record* holds: data, template, limits, seed, the ranks. A
+checkpoint carries the record of its run, in mmengine's message hub, so that going on with another
+one is refused, with what differs. Ranks and accumulation may differ: from there on the rest of the
+epoch is planned for those there are (`sampler.py`).
+"""
+
+from __future__ import annotations
+
+from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks versions)
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import get_world_size
+
+from polar_xtuner.checkpoint import CheckpointError, check_on_all_ranks, load_meta, newest_sound
+from polar_xtuner.sampler import PackSampler, Stretch
+
+logger = logging.getLogger(__name__)
+
+RECORD = "polar_run"
+"""Key of the record in mmengine's message hub."""
+
+
+def find_checkpoint(runner: Any, is_deepspeed: bool) -> Path | None:
+    """The sound checkpoint that the runner is going to resume from, None if it starts anew.
+
+    What it is going to load is checked here, before the runner does; with `resume=True` and no name
+    it gets the name of the newest one that is sound.
+
+    Raises:
+        CheckpointError: the checkpoint is not sound, or not of this kind of run.
+    """
+    if runner._load_from is None:
+        if not runner._resume:
+            return None
+        runner._load_from = newest = newest_sound(runner.work_dir)
+        if newest is None:
+            logger.info("no checkpoint in %s to resume from: the run starts anew", runner.work_dir)
+            return None
+        runner._load_from = str(newest)
+    elif "://" in runner._load_from:
+        return None  # mmengine loads it from elsewhere
+    else:
+        check_on_all_ranks(Path(runner._load_from))
+    path = Path(runner._load_from)
+    if path.is_dir() != is_deepspeed:
+        kind, option = ("a folder", "with") if path.is_dir() else ("a file", "without")
+        raise CheckpointError(
+            f"{path} is {kind}, written {option} --deepspeed: go on {option} it, or start anew "
+            "from the model that `xtuner convert pth_to_hf` makes of it"
+        )
+    return path if runner._resume else None
+
+
+def settle(path: Path, sampler: PackSampler, record: dict[str, Any], changed: bool) -> int:
+    """Put `sampler` where the run of a checkpoint stands; the iteration to go on from.
+
+    Args:
+        record: of this run (`record_of`).
+        changed: go on although the records differ, at the same optimizer step of the new plan.
+
+    Raises:
+        ValueError: the records differ and `changed` is False.
+    """
+    checkpoint = load_meta(path)
+    ranks = checkpoint.get("dp_world_size", get_world_size())
+    if ranks != get_world_size():
+        raise ValueError(
+            f"{path} was written by {ranks} processes, now there are {get_world_size()}: with "
+            "DeepSpeed each holds a part of the optimizer's state. Resume with as many, or start "
+            "anew from the model that `xtuner convert pth_to_hf` makes of it"
+        )
+    done = int(checkpoint["meta"]["iter"])
+    info = checkpoint.get("message_hub", {}).get("runtime_info", {})
+    before = info.get(RECORD)
+    if before is None:
+        logger.warning("%s does not tell what its run was like: nothing is compared", path)
+        return done
+    history = [Stretch(*stretch) for stretch in before["history"]]
+    last = history[-1]
+    if done % last.accumulation:
+        raise ValueError(
+            f"{path} stands at iteration {done}, within an optimizer step of {last.accumulation}: "
+            "resume from one at a multiple of accumulative_counts"
+        )
+    step = done // last.accumulation
+    changes = [
+        f"{name}: {_shown(before.get(name))} in the checkpoint, {_shown(value)} now"
+        for name, value in record.items()
+        if before.get(name) != value
+    ]
+    if changes and not changed:
+        raise ValueError(
+            f"{path} cannot be gone on from: the order of its packs is another one, for this run "
+            f"differs in\n  " + "\n  ".join(changes) + "\nUndo the change; or start anew from its "
+            "weights (load_from without resume); or set train_cfg.resume_changed=True to go on at "
+            "the same optimizer step of the new plan"
+        )
+    if changes:
+        logger.warning("resumed although the run has changed:\n  %s", "\n  ".join(changes))
+        return step * sampler.accumulative_counts
+    now = sampler.now(step)
+    if now[1:] != last[1:]:
+        logger.info(
+            "the epoch goes on with %d ranks x %d packs a step; up to step %d it had %d x %d",
+            *now[1:],
+            step,
+            *last[1:],
+        )
+        history = [stretch for stretch in history if stretch.step < step] + [now]
+    sampler.history = history
+    return step * sampler.accumulative_counts
+
+
+def record_of(sampler: PackSampler) -> dict[str, Any]:
+    """What the order of a run's packs follows from, but for ranks and accumulation."""
+    shape = sampler.model_shape
+    return {
+        **sampler.dataset.identity,
+        "pairs_per_step": sampler.pairs_per_step,
+        "seed": sampler.seed,
+        "model": None if shape is None else asdict(shape),
+    }
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 64 else f"{text[:12]}..."
