@@ -8,11 +8,15 @@ needs one.
 from __future__ import annotations
 
 import ast
+import atexit
+import os
+import re
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 NEEDED = {"xtuner": "0.2.0", "transformers": "4.48", "mmengine": "0.10.6"}
@@ -35,8 +39,11 @@ def check_versions() -> None:
 check_versions()
 
 import mmengine.config.config as mmengine_config  # noqa: E402
+import mmengine.runner.runner as mmengine_runner  # noqa: E402
 import torch  # noqa: E402
 from mmengine.config import Config, ConfigDict  # noqa: E402
+from torch import distributed  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler  # noqa: E402
 
 
 def allow_set_device_without_cuda() -> None:
@@ -161,7 +168,154 @@ def _take_over(current: ConfigDict, before: ConfigDict, after: ConfigDict) -> No
             current[name] = new
 
 
+def convert_checkpoints_of_any_kind() -> None:
+    """xtuner's converter, the script that runs when it loads the config, loads the checkpoint with
+    `weights_only=False`, its optimizer with it, and a DeepSpeed folder in float16; since the type's
+    name has "Reward" in it, it reads the base model's weights, to replace them all.
+
+    Without: `xtuner convert pth_to_hf` runs the code that a hostile checkpoint brings, takes the
+    memory of several models, and rounds the weights of a DeepSpeed run to float16. With: tensors
+    stay in their files until they are written; what is wrong with them is said in one line.
+    """
+    script = sys.modules["__main__"]
+    if Path(getattr(script, "__file__", None) or "").name != "pth_to_hf.py" or not hasattr(
+        script, "guess_load_checkpoint"
+    ):
+        return
+
+    def load(path: str) -> Any:
+        from polar_xtuner.conversion import open_checkpoint
+
+        return open_checkpoint(path)
+
+    def put(model: Any, name: str, device: str, stored: Any) -> None:
+        model.take(name, stored)
+
+    def build(model: ConfigDict) -> Any:
+        from xtuner.registry import BUILDER
+
+        from polar_xtuner.modeling_internlm2 import InternLM2ForRewardModel as Reward
+
+        name = f"{Reward.__module__}.{Reward.__qualname__}.from_pretrained"
+        if model.llm.type in (name, Reward.from_pretrained):
+            if model.get("lora") is None:
+                model = ConfigDict({**model, "llm": {**model.llm, "type": Reward.empty}})
+            else:  # adapters are added to the base model's weights
+                model = ConfigDict({**model, "llm": {**model.llm, "low_cpu_mem_usage": True}})
+        return BUILDER.build(model)
+
+    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        from polar_xtuner.checkpoint import CheckpointError
+        from polar_xtuner.conversion import ConversionError
+
+        if issubclass(kind, (CheckpointError, ConversionError, OSError)):
+            print(f"\nnot converted: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    script.__dict__.update(
+        guess_load_checkpoint=load,
+        set_module_tensor_to_device=put,
+        BUILDER=SimpleNamespace(build=build),
+    )
+    sys.excepthook = report
+
+
+def let_cpus_compute_in_bfloat16() -> None:
+    """xtuner asks `torch.cpu.is_bf16_supported`, which does not exist, where a DeepSpeed file
+    leaves the precision to it. torch computes in bfloat16 on every CPU.
+
+    Without: `xtuner train --deepspeed deepspeed_zero2` fails on a machine that has no GPU.
+    """
+    if not hasattr(torch.cpu, "is_bf16_supported"):
+        torch.cpu.is_bf16_supported = lambda: True  # type: ignore[attr-defined]
+
+
+def read_seed_of_sound_checkpoint() -> None:
+    """xtuner's training script loads the whole checkpoint for its seed, before anything else.
+
+    Without: `xtuner train --resume` takes as long again as loading does, and one that is damaged
+    ends in torch's own words.
+    """
+    script = sys.modules["__main__"]
+    if hasattr(script, "get_seed_from_checkpoint"):
+
+        def seed(path: str) -> Any:
+            from polar_xtuner.checkpoint import load_meta
+
+            return load_meta(Path(path))["meta"]["seed"]
+
+        script.__dict__["get_seed_from_checkpoint"] = seed
+
+
+def write_checkpoints_without_copies() -> None:
+    """mmengine writes a checkpoint into memory, copies that, and then writes it to the disk.
+
+    Without: a checkpoint of all weights takes three times its size of the host's memory.
+    """
+    write = mmengine_runner.save_checkpoint
+
+    def save_checkpoint(checkpoint: Any, filename: str, *args: Any, **kwargs: Any) -> None:
+        from polar_xtuner.checkpoint import atomic_file
+
+        if "://" in filename:
+            write(checkpoint, filename, *args, **kwargs)
+            return
+        Path(filename).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(Path(filename)) as file:
+            torch.save(checkpoint, file)
+
+    mmengine_runner.save_checkpoint = save_checkpoint
+
+
+def tell_launcher_what_failed() -> None:
+    """xtuner's training script does not tell torchrun what a process ended with.
+
+    Without: the last thing that a run of several processes says is that one exited with status 1,
+    and often not the one that failed first. With: the error itself; a process that has only lost
+    another waits until the launcher has seen that one.
+    """
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    show = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        show(kind, error, trace)
+        if re.search(LOST_PEER, f"{kind.__name__}: {error}"):
+            sys.stderr.flush()
+            time.sleep(SECONDS_TO_SEE_A_DEAD_RANK)
+        elif not issubclass(kind, KeyboardInterrupt):
+            get_error_handler().record_exception(error)
+
+    sys.excepthook = report
+
+
+def end_gloo_before_exit() -> None:
+    """mmengine leaves the process group to the end of the interpreter.
+
+    Without: about every other run of several processes on CPUs ends in SIGABRT once it is done,
+    since gloo's threads still run then (torch 2.14).
+    """
+
+    @atexit.register
+    def end() -> None:
+        if distributed.is_initialized() and distributed.get_backend() == "gloo":
+            distributed.destroy_process_group()
+
+
+LOST_PEER = r"Connection (closed|reset|refused)|Broken pipe|gloo|NCCL|Dist\w*Error|Timed out"
+"""What an error of torch.distributed says where another process is gone."""
+
+SECONDS_TO_SEE_A_DEAD_RANK = 15
+
+
 allow_set_device_without_cuda()
 allow_checkpoint_globals()
 stand_in_for_triton_ops()
 let_settings_follow_cfg_options()
+convert_checkpoints_of_any_kind()
+let_cpus_compute_in_bfloat16()
+read_seed_of_sound_checkpoint()
+write_checkpoints_without_copies()
+tell_launcher_what_failed()
+end_gloo_before_exit()

@@ -26,10 +26,12 @@ from xtuner.registry import BUILDER
 
 from polar_xtuner.attention import BACKENDS
 from polar_xtuner.collate import PackLayout
+from polar_xtuner.conversion import ConversionError, StoredTensor
 from polar_xtuner.export import export_hf
 from polar_xtuner.losses import BradleyTerryLoss
 from polar_xtuner.metrics import pair_sums
 from polar_xtuner.modeling_internlm2 import InternLM2ForRewardModel, first_names
+from polar_xtuner.sequence_parallel import rewards_of
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +107,7 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
             self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
         self.pack_loss: Tensor | None = None
         """Loss of this rank's last pack."""
+        self._taken: dict[str, StoredTensor] = {}
         self._built = {name: weakref.ref(p) for name, p in self.named_parameters()}
 
     @property
@@ -142,7 +145,7 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
             raise ValueError("data has no layout: a pack must come from polar_xtuner.collate_pack")
         layout = PackLayout(**data["layout"])
         hidden_TE = self.decoder(data["input_ids_T"], data["position_ids_T"], layout)
-        rewards_C = self.v_head(hidden_TE[data["reward_rows_C"]])
+        rewards_C = rewards_of(self.v_head, hidden_TE, data["reward_rows_C"])
         if mode == "tensor":
             return rewards_C
         if mode == "loss":
@@ -169,6 +172,31 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
         trained.update({name: state[name] for name in state if name.endswith("v_head.weight")})
         return OrderedDict(trained)  # mmengine sets an attribute on it
 
+    def take(self, name: str, stored: StoredTensor) -> None:
+        """Take the parameter `name` from a checkpoint; its dtype becomes the parameter's.
+
+        On the meta device it stays in the checkpoint's files until `to_hf` writes it.
+
+        Raises:
+            ConversionError: there is no parameter of that name or shape.
+        """
+        parameters = dict(self.named_parameters())
+        if name not in parameters:
+            raise ConversionError(
+                f"the checkpoint has a tensor that this model lacks: {name}. Convert with the "
+                "config and the --cfg-options (model.lora...) of the run that wrote it"
+            )
+        parameter = parameters[name]
+        if parameter.shape != stored.shape:
+            raise ConversionError(
+                f"{name} has shape {tuple(stored.shape)} in the checkpoint and "
+                f"{tuple(parameter.shape)} in the model that the config builds: "
+                "pretrained_model_name_or_path must be the one that the run started from"
+            )
+        if not parameter.is_meta:
+            parameter.data.copy_(stored.read())
+        self._taken[name] = stored.to(parameter.dtype)
+
     def to_hf(
         self, cfg: Any, save_dir: str, fp32: bool = False, **options: Any
     ) -> None:  # what `xtuner convert pth_to_hf` calls
@@ -179,24 +207,24 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
         built from `cfg.model`.
 
         Raises:
-            ValueError: the checkpoint lacked tensors; names them.
+            ConversionError: the checkpoint lacked tensors; names them.
         """
-        trained = set(self.state_dict())
+        trained = set(self.state_dict()) - self._taken.keys()
         kept = [n for n, p in self.named_parameters() if n in trained and self._built[n]() is p]
         if kept:
-            raise ValueError(
-                f"the checkpoint lacks {len(kept)} of the {len(trained)} tensors of this model: "
-                f"{first_names(kept)}. Nothing was written: "
+            raise ConversionError(
+                f"the checkpoint lacks {len(kept)} of the {len(self.state_dict())} tensors of this "
+                f"model: {first_names(kept)}. Nothing was written: "
                 "the export would have kept the base model's values for them"
             )
         if hasattr(self.llm, "peft_config"):
             self.llm = self.llm.merge_and_unload()
+        stored = {n: self._taken[n] for n, p in self.named_parameters() if p.is_meta}
+        tensors = {**dict(self.named_parameters()), **stored}
         shard_size = options.get("save_pretrained_kwargs", {}).get("max_shard_size", "2GB")
         export_hf(
-            {
-                **{f"model.{name}": p for name, p in self.llm.state_dict().items()},
-                "v_head.weight": self.v_head.weight,
-            },
+            # `llm` is the decoder, which POLAR's checkpoints call `model`.
+            {f"model.{n[4:]}" if n.startswith("llm.") else n: t for n, t in tensors.items()},
             base=cfg.model.llm.pretrained_model_name_or_path,
             save_dir=Path(save_dir),
             dtype=torch.float32 if fp32 else None,

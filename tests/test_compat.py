@@ -1,6 +1,7 @@
 """Every workaround: that upstream still needs it, and that it does what it says."""
 
 import copy
+import inspect
 import json
 import os
 import subprocess
@@ -8,12 +9,16 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging import HistoryBuffer, MessageHub
+from xtuner.model.utils import guess_load_checkpoint
+from xtuner.tools.model_converters import pth_to_hf
+from xtuner.utils.zero_to_any_dtype import get_state_dict_from_zero_checkpoint
 
 from polar_xtuner import compat
 
@@ -201,6 +206,86 @@ def test_upstream_pins_a_bitsandbytes_that_cannot_be_imported(upstream):
     assert "No module named 'triton.ops'" in upstream["without"]["bitsandbytes"]
     assert "Linear4bit" in upstream["with"]["bitsandbytes"]
     assert "AdamW8bit" in upstream["with"]["bitsandbytes"]
+
+
+# ---- The converter
+
+
+def test_upstream_runs_what_a_checkpoint_asks_for(tmp_path):
+    ran = tmp_path / "ran"
+    torch.save({"state_dict": {}, "hook": Payload(ran)}, tmp_path / "hostile.pth")
+    guess_load_checkpoint(str(tmp_path / "hostile.pth"))
+    assert ran.exists()
+
+
+def test_upstream_rounds_a_deepspeed_folder_to_float16():
+    options = inspect.signature(get_state_dict_from_zero_checkpoint).parameters
+    assert options["dtype"].default == torch.float16
+    assert "get_state_dict_from_zero_checkpoint(\n" in inspect.getsource(guess_load_checkpoint)
+
+
+def test_upstream_builds_reward_models_with_values():
+    source = inspect.getsource(pth_to_hf.main)
+    assert 'if "Reward" in model_name:\n        use_meta_init = False' in source
+
+
+@pytest.fixture
+def converter(monkeypatch):
+    """A script that looks like the converter, patched."""
+    names = ("guess_load_checkpoint", "set_module_tensor_to_device", "BUILDER")
+    script = ModuleType("__main__")
+    script.__dict__.update({name: getattr(pth_to_hf, name) for name in names})
+    script.__file__ = pth_to_hf.__file__
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    compat.convert_checkpoints_of_any_kind()
+    return script
+
+
+def test_the_converter_is_given_our_loading(converter, tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(3)}}, tmp_path / "a.pth")
+    state = converter.guess_load_checkpoint(str(tmp_path / "a.pth"))
+    assert torch.equal(state["a"].read(), torch.ones(3))
+
+
+@pytest.mark.parametrize("style", ["name", "class"])
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "bfloat16", "auto", None])
+def test_the_converter_builds_empty_models_but_for_lora(converter, demo, tmp_path, dtype, style):
+    from polar_xtuner.modeling_internlm2 import InternLM2ForRewardModel as Reward
+    from polar_xtuner.reward_model import PolarRewardModel
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    demo.write_base(tmp_path / "base", demo.build_tokenizer(), 0, **shape)
+    name = "polar_xtuner.modeling_internlm2.InternLM2ForRewardModel.from_pretrained"
+    llm = {
+        "type": name if style == "name" else Reward.from_pretrained,
+        "pretrained_model_name_or_path": str(tmp_path / "base"),
+        "torch_dtype": dtype,
+        "max_position_embeddings": 99,
+    }
+    model = {"type": "PolarRewardModel", "llm": llm}
+    plain = PolarRewardModel(Config({"llm": llm}).llm)
+    empty = converter.BUILDER.build(Config(model)._cfg_dict)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    shapes = {n: (p.shape, p.dtype) for n, p in plain.named_parameters()}
+    assert {n: (p.shape, p.dtype) for n, p in empty.named_parameters()} == shapes
+    assert empty.config.max_position_embeddings == plain.config.max_position_embeddings == 99
+    lora = {"type": "peft.LoraConfig", "r": 2, "lora_alpha": 2, "target_modules": None}
+    with_base = converter.BUILDER.build(Config({**model, "lora": lora})._cfg_dict)
+    weights = {n.replace(".base_layer", ""): p for n, p in with_base.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        name = name.replace("llm.", "llm.base_model.model.", 1)
+        assert torch.equal(weights[name].to(parameter.dtype), parameter), name
+
+
+def test_other_scripts_are_left_alone(monkeypatch):
+    script = ModuleType("__main__")
+    script.__file__ = "/a/pth_to_hf.py"
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    hook = sys.excepthook
+    compat.convert_checkpoints_of_any_kind()
+    assert "BUILDER" not in vars(script)
+    assert sys.excepthook is hook
 
 
 # ---- Checkpoints

@@ -1,6 +1,11 @@
 """From a checkpoint to a folder that `AutoModel` and the servers know."""
 
+import errno
 import json
+import multiprocessing
+import os
+import resource
+import signal
 
 import numpy as np
 import pytest
@@ -11,8 +16,10 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer, dynamic_module_utils
 from xtuner.registry import BUILDER
 
+from polar_xtuner import export
 from polar_xtuner.cache import PAIR, Group, lay_out
 from polar_xtuner.collate import collate_pack
+from polar_xtuner.conversion import ConversionError
 from polar_xtuner.modeling_internlm2 import InternLM2ForRewardModel
 from polar_xtuner.reward_model import PolarRewardModel  # registers its name
 from polar_xtuner.template import Candidate, PolarTemplate
@@ -243,7 +250,89 @@ def test_merged_adapters_are_in_the_dtype_of_their_base(base, tmp_path):
     assert changed == {n for n in decoder if "attention.w" in n or "feed_forward.w" in n}
 
 
+# ---- An export that does not come to its end
+
+
+def is_no_model(folder):
+    with pytest.raises((OSError, ValueError)):
+        InternLM2ForRewardModel.from_pretrained(folder)
+    return not list(folder.glob("*.safetensors"))
+
+
+def test_a_disk_that_fills_up_is_reported_and_leaves_nothing(base, tmp_path):
+    cfg = config(base)
+    state = trained(cfg).state_dict()
+    folder = tmp_path / "export"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails with an OSError
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+        with pytest.raises(
+            ConversionError, match=rf"no model was written to {folder}: .*too large"
+        ):
+            convert(cfg, state, folder, max_shard_size="40KB")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(folder.iterdir())
+
+
+def test_a_killed_export_leaves_no_model_and_the_next_one_clears_up(base, tmp_path):
+    cfg = config(base)
+    state = trained(cfg).state_dict()
+    folder = tmp_path / "export"
+
+    def killed():
+        written = []
+
+        def write(file, tensors, write=export._write_safetensors):
+            if len(written) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(file, tensors)
+            written.append(file)
+
+        export._write_safetensors = write
+        convert(cfg, state, folder, max_shard_size="40KB")
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert is_no_model(folder)
+    convert(cfg, state, folder)
+    names = {file.name for file in folder.iterdir()}
+    assert names == {file.name for file in base.iterdir()} - {"pytorch_model.bin"} | {
+        "model.safetensors"
+    }
+    loaded = InternLM2ForRewardModel.from_pretrained(folder)
+    assert torch.equal(loaded.v_head.weight, state["v_head.weight"])
+
+
+def test_an_earlier_export_stays_whole_if_the_next_one_fails(base, tmp_path, monkeypatch):
+    cfg = config(base)
+    first, second = trained(cfg, 1).state_dict(), trained(cfg, 2).state_dict()
+    convert(cfg, first, tmp_path)
+    files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(file, tensors):
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(export, "_write_safetensors", full)
+    with pytest.raises(ConversionError, match="No space left on device"):
+        convert(cfg, second, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
+
+
 # ---- What is refused
+
+
+def test_a_weight_that_overflows_the_written_dtype_is_refused_by_name(base, tmp_path):
+    cfg = config(base)
+    tensors = checkpoint_names(trained(cfg))
+    tensors["model.norm.weight"] = torch.full((32,), 1e5)
+    with pytest.raises(ConversionError, match=r"infinity: model\.norm\.weight$"):
+        export.export_hf(tensors, str(base), tmp_path / "export", torch.float16)
+    assert not (tmp_path / "export").exists()
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "LoRA"])

@@ -1,0 +1,378 @@
+"""Checkpoints of every kind give the same tensors; those that cannot, and why."""
+
+import importlib.util
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from polar_xtuner.checkpoint import CheckpointError
+from polar_xtuner.conversion import (
+    ConversionError,
+    StoredTensor,
+    _let_go,
+    load_weights,
+    open_checkpoint,
+)
+
+torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
+
+ROOT = Path(__file__).parents[1]
+FULL = ("zero1", "zero2", "zero3", "bfloat16")
+LORA = ("lora2", "lora3", "frozen3")
+LORA_OPTIONS = ("model.lora.type=peft.LoraConfig", "model.lora.r=3", "model.lora.lora_alpha=8")
+
+CONFIG = """
+custom_imports = dict(imports=["polar_xtuner.engine"])
+model = dict(
+    type="PolarRewardModel",
+    use_activation_checkpointing=False,
+    llm=dict(
+        type="polar_xtuner.modeling_internlm2.InternLM2ForRewardModel.from_pretrained",
+        pretrained_model_name_or_path={base!r},
+        torch_dtype="torch.float32",
+    ),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """`tools/bench_convert.py`, which writes checkpoints as DeepSpeed does."""
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "tools" / "bench_convert.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def config(demo, tmp_path_factory):
+    """A config, and a base model of odd sizes, so that parameters span partitions."""
+    folder = tmp_path_factory.mktemp("models")
+    shape = {"hidden_size": 40, "intermediate_size": 27, "num_hidden_layers": 2}
+    demo.write_base(folder / "base", demo.build_tokenizer(), 0, **shape)
+    (folder / "config.py").write_text(CONFIG.format(base=str(folder / "base")))
+    return folder / "config.py"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(config, tmp_path_factory):
+    """What two processes wrote with DeepSpeed, and beside it what it says the weights were."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    script = Path(__file__).with_name("zero_checkpoints.py")
+    result = run(*("torchrun", "--nproc-per-node", 2, script, config, folder), OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stdout
+    return folder
+
+
+def convert(config, checkpoint, out, *options):
+    """The converter itself: `xtuner convert` drops its exit status."""
+    from xtuner.tools.model_converters import pth_to_hf
+
+    return run(
+        *(sys.executable, pth_to_hf.__file__, config, checkpoint, out),
+        *(("--cfg-options", *options) if options else ()),
+    )
+
+
+def refused(config, checkpoint, out, *options):
+    """What the user sees last; nothing may have been written."""
+    result = convert(config, checkpoint, out, *options)
+    assert result.returncode == 1, result.stdout
+    assert not out.exists() or not any(out.iterdir())
+    assert "Traceback" not in result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("not converted: ")
+    return last
+
+
+# ---- The same tensors
+
+
+@pytest.mark.parametrize("kind", [*FULL, *LORA])
+def test_a_deepspeed_folder_gives_the_float32_weights_bit_for_bit(checkpoints, kind):
+    stored = open_checkpoint(checkpoints / kind)
+    assert any(len(tensor.pieces) > 1 for tensor in stored.values()), "none spans partitions"
+    truth = torch.load(checkpoints / f"{kind}.pth")["state_dict"]
+    weights = load_weights(checkpoints / kind)
+    assert truth.keys() <= weights.keys()
+    for name, tensor in truth.items():
+        assert weights[name].dtype == tensor.dtype == torch.float32
+        assert torch.equal(weights[name], tensor), name
+    frozen = weights.keys() - truth.keys()
+    assert bool(frozen) == (kind == "frozen3")
+
+
+def test_frozen_parameters_that_were_saved_are_those_of_the_base(checkpoints, config):
+    base = torch.load(config.parent / "base" / "pytorch_model.bin")
+    weights = load_weights(checkpoints / "frozen3")
+    frozen = {
+        name: t for name, t in weights.items() if "lora_" not in name and "v_head" not in name
+    }
+    assert len(frozen) == len(base) - 1
+    for name, tensor in frozen.items():
+        of_base = name.replace("llm.base_model.model.", "model.").replace(".base_layer", "")
+        assert torch.equal(tensor, base[of_base]), name
+
+
+@pytest.mark.parametrize("name", ["state_dict", "tensors alone"])
+def test_a_file_gives_its_tensors_as_they_are(tmp_path, name):
+    state = {
+        "single": torch.randn(3, 5),
+        "half": torch.randn(7, 2).bfloat16(),
+        "turned": torch.randn(4, 6).t(),
+        "scalar": torch.tensor(3.0),
+    }
+    content = {"state_dict": state, "optimizer": {}} if name == "state_dict" else state
+    torch.save(content, tmp_path / "a.pth")
+    weights = load_weights(tmp_path / "a.pth")
+    assert weights.keys() == state.keys()
+    for name, tensor in state.items():
+        assert weights[name].dtype == tensor.dtype
+        assert weights[name].is_contiguous()
+        assert torch.equal(weights[name], tensor), name
+
+
+@hypothesis_settings(max_examples=30)
+@given(
+    st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=5), min_size=1, max_size=3),
+    st.sampled_from([1, 2, 3]),
+    st.integers(1, 7),
+)
+def test_any_sizes_and_processes_give_what_deepspeed_itself_gives(
+    bench, tmp_path_factory, sizes, stage, processes
+):
+    groups = [
+        {f"{number}.{place}": torch.randn(size) for place, size in enumerate(of_group)}
+        for number, of_group in enumerate(sizes)
+    ]
+    groups[0]["matrix"] = torch.randn(7, 11)
+    groups[0]["vector"] = torch.randn(2 * 7 * 60)  # so that no process is left without a part
+    folder = tmp_path_factory.mktemp("zero")
+    bench.write_zero(folder / "iter_1.pth", groups, stage, processes)
+    truth = {name: tensor for group in groups for name, tensor in group.items()}
+    weights = load_weights(folder / "iter_1.pth")
+    theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder), "iter_1.pth")
+    assert weights.keys() == theirs.keys() == truth.keys()
+    for name, tensor in truth.items():
+        assert torch.equal(theirs[name], tensor)
+        assert torch.equal(weights[name], tensor), name
+    shutil.rmtree(folder)
+
+
+def test_pages_that_are_let_go_come_back_from_the_file(tmp_path):
+    tensor = torch.arange(1 << 20, dtype=torch.float32)
+    torch.save({"a": tensor}, tmp_path / "a.pth")
+    (stored,) = open_checkpoint(tmp_path / "a.pth").values()
+    for _ in range(3):
+        assert torch.equal(stored.read(), tensor)
+        _let_go(stored.pieces[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells resident pages")
+def test_reading_a_checkpoint_leaves_none_of_it_in_memory(tmp_path):
+    torch.save({str(n): torch.ones(1 << 22) for n in range(16)}, tmp_path / "a.pth")
+
+    def resident():
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").open())
+        return int(fields["RssFile"].split()[0]) / 1024
+
+    stored = open_checkpoint(tmp_path / "a.pth")
+    before = resident()
+    for tensor in stored.values():
+        tensor.read()
+        assert resident() - before < 32  # of 256 MB
+
+
+def test_a_tensor_is_read_in_the_dtype_asked_for():
+    values = torch.randn(5, 3)
+    stored = StoredTensor.of(values).to(torch.bfloat16)
+    assert stored.nbytes == 30
+    assert torch.equal(stored.read(), values.bfloat16())
+
+
+# ---- The same model
+
+
+def test_every_kind_of_checkpoint_converts_to_the_same_model(checkpoints, config, tmp_path):
+    of_kind = {}
+    for kind in (*FULL, *LORA):
+        for form in ("", ".pth"):
+            out = tmp_path / f"{kind}{form}"
+            options = LORA_OPTIONS if kind in LORA else ()
+            result = convert(config, checkpoints / f"{kind}{form}", out, *options)
+            assert result.returncode == 0, result.stdout
+            of_kind[kind + form] = load_file(out / "model.safetensors")
+    for kind in (*FULL, *LORA):
+        folder, file = of_kind[kind], of_kind[f"{kind}.pth"]
+        assert folder.keys() == file.keys()
+        for name in folder:
+            assert folder[name].dtype == torch.float32
+            assert torch.equal(folder[name], file[name]), (kind, name)
+    trained = torch.load(checkpoints / "zero2.pth")["state_dict"]
+    for name, tensor in of_kind["zero2"].items():
+        assert torch.equal(tensor, trained[name.replace("model.", "llm.", 1)]), name
+
+
+# ---- What is refused
+
+
+@pytest.fixture
+def folder(checkpoints, tmp_path):
+    """A DeepSpeed checkpoint to do damage to."""
+    shutil.copytree(checkpoints / "zero3", tmp_path / "iter_1.pth")
+    return tmp_path / "iter_1.pth"
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path(self.path).touch, ())
+
+
+@pytest.mark.parametrize("where", ["file", "model_states", "optim_states"])
+def test_a_hostile_checkpoint_is_refused_and_does_not_run(folder, config, tmp_path, where):
+    ran = tmp_path / "ran"
+    if where == "file":
+        checkpoint = hostile = tmp_path / "hostile.pth"
+        torch.save({"state_dict": {"a": torch.ones(1)}, "hook": Payload(ran)}, hostile)
+    else:
+        checkpoint, hostile = folder, folder / f"zero_pp_rank_1_mp_rank_00_{where}.pt"
+        torch.save({**torch.load(hostile, weights_only=False), "hook": Payload(ran)}, hostile)
+    message = refused(config, checkpoint, tmp_path / "hf")
+    assert f"{hostile} is refused" in message
+    assert "may run code" in message
+    assert not ran.exists()
+
+
+def test_a_missing_path_is_named(config, tmp_path):
+    assert str(tmp_path / "none.pth") in refused(config, tmp_path / "none.pth", tmp_path / "hf")
+
+
+def test_a_work_dir_is_refused_with_the_checkpoints_in_it(folder):
+    with pytest.raises(ConversionError, match=r"no \*_model_states\.pt: give one .* iter_1\.pth$"):
+        open_checkpoint(folder.parent)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "a.txt", "plain.pkl", "strings.pth"])
+def test_what_is_no_checkpoint_is_refused(tmp_path, file):
+    path = tmp_path / file
+    if file == "strings.pth":
+        torch.save({"state_dict": {"a": "b"}}, path)
+    elif file == "plain.pkl":
+        path.write_bytes(pickle.dumps({"a": np.ones(3)}))
+    else:
+        path.write_bytes(b"nothing")
+    with pytest.raises((CheckpointError, ConversionError), match=str(path)):
+        open_checkpoint(path)
+
+
+def test_one_file_of_a_folder_is_refused_with_the_folder(folder):
+    for file in folder.iterdir():
+        with pytest.raises(ConversionError, match=f"one file of a DeepSpeed .*: give {folder}$"):
+            open_checkpoint(file)
+
+
+def test_each_file_that_a_folder_lacks_is_named(folder):
+    for name in ("model", "optim"):
+        for rank in (0, 1):
+            file = folder / f"zero_pp_rank_{rank}_mp_rank_00_{name}_states.pt"
+            if (name, rank) == ("model", 1):
+                continue  # not needed for the weights
+            content = file.read_bytes()
+            file.unlink()
+            with pytest.raises(ConversionError, match=f"not whole: it lacks {file.name}"):
+                open_checkpoint(folder)
+            file.write_bytes(content)
+    assert open_checkpoint(folder)
+
+
+def test_a_damaged_value_is_found(folder):
+    file = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    with zipfile.ZipFile(file) as archive:
+        record = max(archive.infolist(), key=lambda info: info.file_size)
+    content = bytearray(file.read_bytes())
+    content[record.header_offset + record.file_size // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{file} is damaged"):
+        open_checkpoint(folder)
+
+
+def test_a_truncated_file_is_found(folder):
+    file = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=str(file)):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_files_of_different_runs_are_refused(bench, tmp_path, stage):
+    for name, size in (("a", 100), ("b", 200)):
+        bench.write_zero(tmp_path / name, [{"x": torch.randn(size, 3)}], stage, 2)
+    file = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    shutil.copyfile(tmp_path / "a" / file, tmp_path / "b" / file)
+    with pytest.raises(ConversionError, match=f"{tmp_path / 'b'} mixes the files of several runs"):
+        open_checkpoint(tmp_path / "b")
+
+
+@pytest.fixture
+def state(checkpoints):
+    return torch.load(checkpoints / "zero2.pth")["state_dict"]
+
+
+def test_another_shape_is_refused_with_both(state, config, tmp_path):
+    name = "llm.layers.1.attention.wo.weight"
+    torch.save({**state, name: torch.ones(40, 41)}, tmp_path / "a.pth")
+    message = refused(config, tmp_path / "a.pth", tmp_path / "hf")
+    assert f"{name} has shape (40, 41) in the checkpoint and (40, 40) in the model" in message
+
+
+def test_unexpected_tensors_are_refused_by_name(checkpoints, state, config, tmp_path):
+    torch.save({**state, "llm.extra.weight": torch.ones(3)}, tmp_path / "a.pth")
+    assert "model lacks: llm.extra.weight." in refused(config, tmp_path / "a.pth", tmp_path / "hf")
+    message = refused(config, checkpoints / "lora2", tmp_path / "hf")  # without the run's options
+    assert "that this model lacks: llm.base_model.model." in message
+    assert "model.lora" in message
+
+
+def test_lacking_tensors_are_refused_by_name(state, config, tmp_path):
+    name = "llm.layers.0.ffn_norm.weight"
+    torch.save({n: t for n, t in state.items() if n != name}, tmp_path / "a.pth")
+    message = refused(config, tmp_path / "a.pth", tmp_path / "hf")
+    assert f"lacks 1 of the {len(state)} tensors of this model: {name}." in message
+
+
+# ---- The tool that measures
+
+
+def test_the_benchmark_converts_every_kind_exactly(tmp_path):
+    result = subprocess.run(
+        [
+            *(sys.executable, ROOT / "tools" / "bench_convert.py", "--json", "--folder", tmp_path),
+            *("--hidden-size", "64", "--layers", "1", "--vocab-size", "300"),
+            *("--kinds", "file", "zero3", "lora"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    figures = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["kind"] for line in figures] == ["file", "zero3", "lora"]
+    assert [line.get("exact") for line in figures] == [True, True, None]
+    assert all(line["peak_gb"] > line["anonymous_gb"] > 0 for line in figures)
+    assert not any(tmp_path.iterdir())
