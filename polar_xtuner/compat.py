@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -231,6 +232,18 @@ def let_cpus_compute_in_bfloat16() -> None:
         torch.cpu.is_bf16_supported = lambda: True  # type: ignore[attr-defined]
 
 
+def leave_deepspeeds_shared_memory_op_unbuilt() -> None:
+    """DeepSpeed compiles a C++ op for the communication of CPU processes, which training never
+    calls.
+
+    Without: the first run with `--deepspeed` on a machine that has no GPU compiles for minutes, in
+    every process, and fails where there is no compiler.
+    """
+    if not torch.cuda.is_available():
+        # Not `import ... as`: deepspeed.comm has an attribute `torch`, which is torch itself.
+        import_module("deepspeed.comm.torch").__dict__["build_shm_op"] = lambda: None
+
+
 def read_seed_of_sound_checkpoint() -> None:
     """xtuner's training script loads the whole checkpoint for its seed, before anything else.
 
@@ -315,6 +328,7 @@ stand_in_for_triton_ops()
 let_settings_follow_cfg_options()
 convert_checkpoints_of_any_kind()
 let_cpus_compute_in_bfloat16()
+leave_deepspeeds_shared_memory_op_unbuilt()
 read_seed_of_sound_checkpoint()
 write_checkpoints_without_copies()
 tell_launcher_what_failed()

@@ -6,21 +6,26 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+import mmengine.runner.runner as mmengine_runner
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.runner.checkpoint import save_checkpoint
 from xtuner.model.utils import guess_load_checkpoint
+from xtuner.tools import train
 from xtuner.tools.model_converters import pth_to_hf
 from xtuner.utils.zero_to_any_dtype import get_state_dict_from_zero_checkpoint
 
 from polar_xtuner import compat
+from polar_xtuner.checkpoint import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 
@@ -143,6 +148,7 @@ attempt("config", config)
 if not torch.cuda.is_available():
     attempt("gloo", lambda: init_dist("pytorch", backend="gloo"))
 attempt("bitsandbytes", bitsandbytes)
+attempt("bfloat16", lambda: torch.cpu.is_bf16_supported())
 assert ("polar_xtuner" in sys.modules) == (sys.argv[1] == "with")
 print(json.dumps(happened))
 """
@@ -206,6 +212,66 @@ def test_upstream_pins_a_bitsandbytes_that_cannot_be_imported(upstream):
     assert "No module named 'triton.ops'" in upstream["without"]["bitsandbytes"]
     assert "Linear4bit" in upstream["with"]["bitsandbytes"]
     assert "AdamW8bit" in upstream["with"]["bitsandbytes"]
+
+
+def test_upstream_asks_the_cpu_what_it_cannot_answer(upstream):
+    assert "AttributeError" in upstream["without"]["bfloat16"]
+    assert upstream["with"]["bfloat16"] == "True"
+
+
+def test_upstream_compiles_an_op_for_cpus():
+    deepspeed_comm = import_module("deepspeed.comm.torch")
+    source = inspect.getsource(deepspeed_comm.TorchBackend)
+    assert "self.shm_comm_op = build_shm_op()" in source
+    assert torch.cuda.is_available() or deepspeed_comm.build_shm_op() is None
+
+
+def test_upstream_writes_a_checkpoint_into_memory_first(tmp_path):
+    assert "io.BytesIO()" in inspect.getsource(save_checkpoint)
+    mmengine_runner.save_checkpoint(checkpoint(), str(tmp_path / "new" / "x.pth"))
+    assert torch.load(tmp_path / "new" / "x.pth")["meta"] == checkpoint()["meta"]
+
+
+def test_upstream_does_not_tell_torchrun_what_failed():
+    assert "@record" not in Path(train.__file__).read_text()
+
+
+def test_upstream_leaves_its_process_group_to_the_interpreter():
+    assert "destroy_process_group" not in inspect.getsource(mmengine_runner)
+
+
+FAILS = """
+import sys
+from polar_xtuner import compat
+compat.SECONDS_TO_SEE_A_DEAD_RANK = 0
+raise RuntimeError(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [("a tensor is odd", True), ("Connection closed by peer [127.0.0.1]:1", False)],
+)
+def test_torchrun_is_told_of_errors_but_not_of_lost_peers(message, told, tmp_path):
+    file = tmp_path / "error.json"
+    env = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(file), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", FAILS, message], env=env, capture_output=True)
+    assert run.returncode == 1
+    assert message in run.stderr.decode()
+    assert file.exists() == told
+    assert not told or message in file.read_text()
+
+
+def test_the_seed_to_resume_with_is_read_without_the_tensors(monkeypatch, tmp_path):
+    torch.save(checkpoint(), tmp_path / "iter_3.pth")
+    script = ModuleType("__main__")
+    script.get_seed_from_checkpoint = None
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    compat.read_seed_of_sound_checkpoint()
+    assert script.get_seed_from_checkpoint(str(tmp_path / "iter_3.pth")) == 42
+    (tmp_path / "iter_3.pth").write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match=r"iter_3\.pth"):
+        script.get_seed_from_checkpoint(str(tmp_path / "iter_3.pth"))
 
 
 # ---- The converter
