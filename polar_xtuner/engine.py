@@ -130,7 +130,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters)):
             if value is not None and (value != int(value) or value < 1):
                 raise ValueError(f"train_cfg.{name} must be a whole number >= 1, got {value}")
-        self._time_limit = None if time_limit is None else _seconds(time_limit)
+        self.interruption = Interruption(None if time_limit is None else _seconds(time_limit))
         if isinstance(dataloader, dict):
             dataloader = build_dataloader(runner, dataloader, runner.model)
         sampler = dataloader.sampler
@@ -162,11 +162,11 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
 
     def run(self) -> Any:
         """Train to the end, or until asked to stop: then the process exits with `STOPPED`."""
-        with Interruption(self._time_limit) as interruption:
-            self._train(interruption, Agreement())
+        with self.interruption:
+            self._train(Agreement())
         return self.runner.model
 
-    def _train(self, interruption: Interruption, agreement: Agreement) -> None:
+    def _train(self, agreement: Agreement) -> None:
         runner, sampler = self.runner, self.dataloader.sampler
         check_model(runner, self.dataloader.dataset)
         self._take_up()
@@ -185,9 +185,10 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
             self._interval.add_wait(time.perf_counter() - waiting)
             self.run_iter(batch)
             ends_step = self._iter % sampler.accumulative_counts == 0
-            if ends_step and agreement.any(interruption.is_due()) and self._iter < self._max_iters:
+            asked = ends_step and agreement.any(self.interruption.is_due())
+            if asked and self._iter < self._max_iters:
                 agreement.close()
-                self._stop(interruption.reason or "another process")
+                self._stop(self.interruption.reason or "another process")
             if self._validates(self._iter):
                 runner.val_loop.run()
                 runner.model.train()

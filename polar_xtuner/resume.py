@@ -113,7 +113,7 @@ def settle(path: Path, sampler: PackSampler, record: dict[str, Any], changed: bo
             *last[1:],
         )
         history = [stretch for stretch in history if stretch.step < step] + [now]
-    sampler.history = history
+    sampler.follow(history)
     return step * sampler.accumulative_counts
 
 

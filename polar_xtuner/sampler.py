@@ -67,15 +67,18 @@ class PackSampler(Sampler[Pack]):
         self.start_iter = 0
         self.model_shape: ModelShape | None = None
         """Of the model that is trained, set before the first plan: it says what a group costs."""
-        self.history = [self.now(0)]
-        """Set before the first plan."""
         self.dataset = dataset
-        self._planned: tuple[int, list[_Part]] | None = None
-        self._ends = [0]  # optimizer steps before each epoch
+        self.follow([self.now(0)])
 
     def now(self, step: int) -> Stretch:
         """What a run has from that step on if nothing changes any more."""
         return Stretch(step, data_parallel_size(), self.accumulative_counts)
+
+    def follow(self, history: list[Stretch]) -> None:
+        """Plan for a run with that history."""
+        self.history = history
+        self._planned: tuple[int, list[_Part]] | None = None
+        self._ends = [0]  # optimizer steps before each epoch
 
     def __len__(self) -> int:
         return self.iterations(1)

@@ -1,6 +1,9 @@
 """Fixtures that several test files share."""
 
+import copy
 import importlib.util
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,3 +69,50 @@ def demo() -> ModuleType:
 @pytest.fixture(scope="session")
 def demo_tokenizer(demo: ModuleType) -> Any:
     return demo.build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def small(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with demo rows and a very small base model."""
+    folder = tmp_path_factory.mktemp("small")
+    demo.write_data(folder, 400, 10, 0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    demo.write_base(folder / "base", demo.build_tokenizer(), 0, **shape)
+    return folder
+
+
+@pytest.fixture
+def make(small: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Makes a runner of `polar_tiny.py` with other settings; its work dir is `work_dir`."""
+    made: list[Any] = []
+
+    def runner(
+        iterations: int | None = 8,
+        optim_wrapper: Any = None,
+        work_dir: Path | None = None,
+        **options: Any,
+    ) -> Any:
+        from mmengine.config import Config
+        from mmengine.registry import RUNNERS
+
+        cfg = Config.fromfile(str(Path(__file__).parents[1] / "configs" / "polar_tiny.py"))
+        cfg.merge_from_dict(
+            {
+                "pretrained_model_name_or_path": str(small / "base"),
+                "data_files": str(small / "train.jsonl"),
+                "cache_dir": str(small / "cache"),
+                "max_packed_length": 512,
+                "save_steps": 1000,
+                **options,
+            }
+        )
+        cfg.merge_from_dict({"optim_wrapper": copy.deepcopy(optim_wrapper or {})})
+        if iterations is not None:
+            cfg.train_cfg.update(max_epochs=None, max_iters=iterations)
+        cfg.work_dir = str(work_dir or tmp_path / f"run{len(made)}")
+        cfg.experiment_name = f"{tmp_path.name}_{len(made)}"  # mmengine keeps its logs by name
+        made.append(RUNNERS.build(cfg))
+        return made[-1]
+
+    yield runner
+    logging.shutdown([])

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from commands import TINY
 from host_reads import host_reads
 from mmengine.hooks import CheckpointHook
-from mmengine.runner import Runner
 
 from polar_xtuner import engine, metrics
 from polar_xtuner.checks import shape_of
@@ -22,50 +18,10 @@ from polar_xtuner.engine import NonFiniteError, PolarTrainLoop
 from polar_xtuner.packing import ModelShape
 from polar_xtuner.reward_model import PolarRewardModel
 
-from mmengine.config import Config  # isort: skip
-
 torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
 
 SGD = {"_delete_": True, "type": "SGD", "lr": 0.01}
 """AdamW on a CPU reads its count of steps, which is on the host on a GPU as well."""
-
-
-@pytest.fixture(scope="module")
-def tiny(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with demo rows and a very small base model."""
-    folder = tmp_path_factory.mktemp("tiny")
-    demo.write_data(folder, 400, 10, 0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    demo.write_base(folder / "base", demo.build_tokenizer(), 0, **shape)
-    return folder
-
-
-@pytest.fixture
-def make(tiny: Path, tmp_path: Path) -> Any:
-    """Makes a runner of `polar_tiny.py` with other settings; its work dir is `work_dir`."""
-    made: list[Any] = []
-
-    def runner(iterations: int = 8, optim_wrapper: Any = None, **options: Any) -> Any:
-        cfg = Config.fromfile(TINY)
-        cfg.merge_from_dict(
-            {
-                "pretrained_model_name_or_path": str(tiny / "base"),
-                "data_files": str(tiny / "train.jsonl"),
-                "cache_dir": str(tiny / "cache"),
-                "max_packed_length": 512,
-                "save_steps": 1000,
-                **options,
-            }
-        )
-        cfg.merge_from_dict({"optim_wrapper": copy.deepcopy(optim_wrapper or {})})
-        cfg.train_cfg = {"type": "PolarTrainLoop", "max_iters": iterations}
-        cfg.work_dir = str(tmp_path / f"run{len(made)}")
-        cfg.experiment_name = f"{tmp_path.name}_{len(made)}"  # mmengine keeps its logs by name
-        made.append(Runner.from_cfg(cfg))
-        return made[-1]
-
-    yield runner
-    logging.shutdown([])
 
 
 def logged(runner: Any) -> list[dict[str, float]]:
@@ -296,9 +252,7 @@ def test_the_sampler_knows_the_shape_of_the_model(make: Any) -> None:
     assert loop.dataloader.sampler.model_shape == ModelShape(2, 32, 64, 4, 2)
 
 
-def test_the_shape_of_a_model_that_is_not_built_yet_is_that_of_its_config(
-    make: Any, tiny: Path
-) -> None:
+def test_the_shape_of_a_model_that_is_not_built_yet_is_that_of_its_config(make: Any) -> None:
     model = make(2).cfg.model
     assert shape_of(model) == ModelShape(2, 32, 64, 4, 2)
     model.llm.num_hidden_layers = 1

@@ -108,7 +108,7 @@ def ranked(
     monkeypatch.setattr(sampler, "data_parallel_size", lambda: ranks)
     for _ in range(ranks):
         packs = PackSampler(dataset(80, pairs=3), **options)
-        packs.history = history or [packs.now(0)]
+        packs.follow(history or [packs.now(0)])
         packs.start_iter = packs.history[-1].step * packs.accumulative_counts
         samplers.append(packs)
     return samplers
