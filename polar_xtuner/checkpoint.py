@@ -23,7 +23,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,10 @@ def load_meta(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read, or asks to run code.
     """
-    return load_safely(path if path.is_file() else _files_of_folder(path)[0])
+    state = load_safely(path if path.is_file() else _files_of_folder(path)[0])
+    if not isinstance(state, dict) or "iter" not in state.get("meta", {}):
+        raise CheckpointError(f"{path} has weights and no place in a run: it cannot be resumed")
+    return state
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
@@ -115,12 +118,18 @@ def _files_of_folder(folder: Path) -> list[Path]:
     if not states:
         raise CheckpointError(f"{folder} is not a DeepSpeed checkpoint: no *model_states.pt in it")
     state = load_safely(states[0])
-    parts = sum(file.name.endswith("optim_states.pt") for file in files)
-    ranks = state.get("dp_world_size", parts)
-    if parts != ranks:
-        raise CheckpointError(
-            f"{folder} is not whole: it has the optimizer states of {parts} of {ranks} processes"
-        )
+    ranks = state.get("dp_world_size", 1)
+    needs = {"optim_states.pt": 0 if state.get("optimizer") is not None else ranks}
+    if states[0].name.startswith("zero_pp_rank_"):  # ZeRO-3 cuts the weights as well
+        needs["model_states.pt"] = ranks
+    if (state.get("ds_config") or {}).get("checkpoint", {}).get("use_node_local_storage"):
+        needs = {}  # the rest lies on other nodes
+    for ending, count in needs.items():
+        there = sum(file.name.endswith(ending) for file in files)
+        if there != count:
+            raise CheckpointError(
+                f"{folder} is not whole: it has *{ending} of {there} of {count} processes"
+            )
     return sorted(files, key=lambda file: file not in states)
 
 
@@ -161,6 +170,8 @@ def newest_sound(work_dir: str | Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints and none of them is sound.
     """
+    if is_main_process():
+        _clear(Path(work_dir))
     candidates: list[Any] = [_newest_first(Path(work_dir))]
     broadcast_object_list(candidates)  # a rank may see the folder a moment later
     reasons = []
@@ -194,7 +205,6 @@ def _newest_first(work_dir: Path) -> list[Path]:
         named = work_dir / named.name  # the work dir was moved
     since = pointer.stat().st_mtime_ns
     later = [path for path in found if path != named and path.stat().st_mtime_ns > since]
-    later.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     return [*later, named, *(path for path in found if path not in (*later, named))]
 
 
@@ -304,7 +314,8 @@ class PolarCheckpointHook(CheckpointHook):  # type: ignore[misc]
             runner.message_hub.update_info(f"best_score{suffix}", score)
             runner.message_hub.update_info(f"best_ckpt{suffix}", str(path))
             updated = True
-            if earlier and Path(earlier) != path and is_main_process():
+            is_own = earlier and Path(earlier).parent == path.parent  # or of the run it resumes
+            if is_own and Path(earlier) != path and is_main_process():
                 _remove(Path(earlier))
             runner.logger.info(f"best {key} so far: {score:0.4f}, saved to {name}")
         if updated and self._saved == runner.iter:
@@ -319,21 +330,26 @@ class PolarCheckpointHook(CheckpointHook):  # type: ignore[misc]
         if is_main_process():
             _remove(partial)
         barrier()
+        loop, meta = runner.train_loop, options.pop("meta")
+        before, loop._iter = loop._iter, meta["iter"] - 1  # what DeepSpeed's runner counts from
         with _careful_writes(runner) as failures:
             try:
-                runner.save_checkpoint(str(folder), partial.name, **options)
+                runner.save_checkpoint(str(folder), partial.name, meta=meta, **options)
             except OSError as error:  # on the main process; DeepSpeed's are in `failures`
                 failures.append(str(error))
+        loop._iter = before
+        if not failures and is_main_process():
+            failures += _unreadable(partial)
         failures = _of_all_ranks(failures)
         if not failures:
             failures = _of_all_ranks(_move(partial, folder / name) if is_main_process() else [])
-        if not failures and local_rank() == 0 and partial.exists():
-            _move(partial, folder / name)  # a node with a disk of its own
+        if not failures and local_rank() == 0 and not (folder / name).exists():
+            failures = _move(partial, folder / name)  # a node with a disk of its own
         barrier()
         if not failures:
             self._failure = ""
             return True
-        if local_rank() == 0:
+        if local_rank() == 0 and partial.exists():
             _remove(partial)
         good = self.last_ckpt or "none of this run"
         self._failure = (
@@ -351,31 +367,36 @@ def _careful_writes(runner: Any) -> Iterator[list[str]]:
     Raised, it would leave the other ranks waiting for this one.
     """
     failures: list[str] = []
-    engine = getattr(runner.model, "checkpoint_engine", None)  # of DeepSpeed
-    if engine is None:
+    writer = getattr(runner.model, "checkpoint_engine", None)  # of DeepSpeed
+    if writer is None:
         yield failures
         return
+    engine = runner.model.model
+    copy_script = engine._copy_recovery_script
 
     def save(state: Any, path: str) -> None:
-        try:
-            with atomic_file(Path(path)) as file:
-                torch.save(state, file)
-        except OSError as error:
-            failures.append(str(error))
+        with atomic_file(Path(path)) as file:
+            torch.save(state, file)
 
     def makedirs(path: str, exist_ok: bool = False) -> None:
-        try:
-            Path(path).mkdir(parents=True, exist_ok=exist_ok)
-        except OSError as error:
-            failures.append(str(error))
+        Path(path).mkdir(parents=True, exist_ok=exist_ok)
 
-    careful: dict[str, Callable[..., None]] = {"save": save, "makedirs": makedirs}
-    engine.__dict__.update(careful)
+    def collected(write: Callable[..., None]) -> Callable[..., None]:
+        def collect(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except OSError as error:
+                failures.append(str(error))
+
+        return collect
+
+    writer.__dict__.update(save=collected(save), makedirs=collected(makedirs))
+    engine.__dict__["_copy_recovery_script"] = collected(copy_script)
     try:
         yield failures
     finally:
-        for name in careful:
-            del engine.__dict__[name]
+        del writer.__dict__["save"], writer.__dict__["makedirs"]
+        del engine.__dict__["_copy_recovery_script"]
 
 
 def _of_all_ranks(failures: list[str]) -> list[str]:
@@ -386,19 +407,32 @@ def _of_all_ranks(failures: list[str]) -> list[str]:
     return [*dict.fromkeys(failure for rank in gathered for failure in rank)]
 
 
+def _unreadable(partial: Path) -> list[str]:
+    """Why a checkpoint that was just written could not be read: a hook has put something in it."""
+    try:
+        for file in [partial] if partial.is_file() else sorted(partial.glob("*.pt")):
+            load_safely(file)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
 def _move(partial: Path, final: Path) -> list[str]:
     """Give what was written its name; what this fails with."""
     old = final.with_name(f".{final.name}.old")
     try:
-        if partial.is_file():
+        if not partial.is_dir():
             _sync(partial)
-        if final.is_dir():
+        elif final.is_dir():
             final.rename(old)  # a folder cannot take the place of another in one step
         partial.replace(final)
-        _remove(old)
-        _sync(final.parent)
     except OSError as error:
+        if old.exists():
+            old.rename(final)
         return [str(error)]
+    _remove(old)
+    with suppress(OSError):  # not every file system knows how to sync a folder
+        _sync(final.parent)
     return []
 
 
@@ -423,7 +457,13 @@ def _clear(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove a file or folder; a folder in such a way that it is never seen in parts."""
+    try:
+        if path.is_dir():
+            hidden = path.with_name(f".{path.name.strip('.')}.removed.partial")
+            path.replace(hidden)
+            shutil.rmtree(hidden)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", path, error)

@@ -55,6 +55,17 @@ def check_settings(runner: Any, sampler: PackSampler) -> None:
             "mmengine's CheckpointHook leaves half a checkpoint where it is killed: set "
             "default_hooks.checkpoint.type=PolarCheckpointHook"
         )
+    for hook in hooks:
+        if hook.by_epoch:
+            raise ValueError(
+                "epochs are no unit of this loop: set default_hooks.checkpoint.by_epoch=False, "
+                "and its interval to a number of iterations"
+            )
+        if "://" in str(hook.out_dir or runner.work_dir):
+            raise ValueError(
+                f"checkpoints are written to folders, not to {hook.out_dir or runner.work_dir}: "
+                "mount it, or copy them there"
+            )
     saves = [hook.interval for hook in hooks]
     if any(interval > 0 and interval % planned for interval in saves):
         raise ValueError(

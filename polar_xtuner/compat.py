@@ -71,9 +71,15 @@ def allow_checkpoint_globals() -> None:
         return getattr(owner, name)
 
     core = numpy._core if hasattr(numpy, "_core") else numpy.core
-    allowed = [HistoryBuffer, core.multiarray._reconstruct, core.multiarray.scalar]
+    names = ("_reconstruct", "scalar")
+    functions = {name: getattr(core.multiarray, name) for name in names}
+    allowed = [HistoryBuffer, *functions.values()]
+    # As numpy 1 and numpy 2 call them.
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        allowed += [(function, f"{module}.{name}") for name, function in functions.items()]
     allowed += [numpy.ndarray, numpy.dtype, ConfigDict]  # DeepSpeed keeps its config
-    allowed += [type(numpy.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "b1")]
+    kinds = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")
+    allowed += [type(numpy.dtype(kind)) for kind in kinds]
     torch.serialization.add_safe_globals([*allowed, (statistic, "builtins.getattr")])
 
 
@@ -298,7 +304,10 @@ def tell_launcher_what_failed() -> None:
             sys.stderr.flush()
             time.sleep(SECONDS_TO_SEE_A_DEAD_RANK)
         elif not issubclass(kind, KeyboardInterrupt):
-            get_error_handler().record_exception(error)
+            try:
+                raise error.with_traceback(trace)  # it records what is being handled
+            except BaseException as handled:
+                get_error_handler().record_exception(handled)
 
     sys.excepthook = report
 

@@ -14,6 +14,7 @@ import time
 from typing import Any, NoReturn
 
 import torch
+from mmengine.dist import barrier
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import print_log
 from mmengine.registry import FUNCTIONS, LOOPS, RUNNERS
@@ -145,15 +146,22 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         checkpoint = find_checkpoint(runner, deepspeed_config(runner) is not None)
         self._resumed_at = 0
         if checkpoint is not None:
-            self._resumed_at = settle(checkpoint, sampler, self._record, resume_changed)
+            self._resumed_at = settle(
+                checkpoint,
+                sampler,
+                self._record,
+                seed_is_set=runner.cfg.get("randomness", {}).get("seed") is not None,
+                changed=resume_changed,
+            )
         epochs = int(max_epochs or 0)
         iterations = max_iters or sampler.iterations(epochs)
         if checkpoint is not None and self._resumed_at >= iterations:
             logger.warning("%s stands at the end of the run: nothing is left to do", checkpoint)
-        self._done: float | None = None
-        """Share of the run before a change of its ranks."""
+        self._changed_at = (0, 0.0)
+        """Optimizer step of the last change of ranks, and share of the run before it."""
         if epochs and len(sampler.history) > 1:
-            self._done = sampler.share_done(self._resumed_at // counts, epochs)
+            step = sampler.history[-1].step
+            self._changed_at = step, sampler.share_done(step, epochs)
         super().__init__(runner, dataloader, iterations, val_begin, val_interval)
         del self.dataloader_iterator  # `run` starts one where training starts
         self._report = ReportHook()
@@ -170,6 +178,8 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         runner, sampler = self.runner, self.dataloader.sampler
         check_model(runner, self.dataloader.dataset)
         self._take_up()
+        if runner.val_loop is not None:
+            _quieten(runner.val_loop.dataloader)
         runner.log_processor.window_size = 1  # what is logged is of a whole interval already
         self._interval = _interval(runner, self.dataloader.dataset.max_packed_length)
         self._rows: dict[int, list[str]] = {}
@@ -177,6 +187,8 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         runner.call_hook("before_train_epoch")
         sampler.start_iter = self._iter
         batches = iter(self.dataloader)
+        if self._resumed_at and self._validates(self._iter):
+            runner.val_loop.run()  # which a stop may have left out
         runner.model.train()
         while self._iter < self._max_iters and not self.stop_training:
             self._interval.start()
@@ -210,7 +222,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
             runner.optim_wrapper.initialize_count_status(runner.model, self._iter, self._max_iters)
         for scheduler in runner.param_schedulers or []:
             if isinstance(scheduler, WarmupCosineLR):
-                scheduler.continue_at(self._iter, self._done)
+                scheduler.continue_at(self._iter, *self._changed_at)
 
     def _stop(self, reason: str) -> NoReturn:
         """Write a checkpoint of the iterations so far and end the process."""
@@ -220,6 +232,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         hooks = [hook for hook in runner.hooks if isinstance(hook, PolarCheckpointHook)]
         saved = [hook.save(runner) for hook in hooks]
         runner.call_hook("after_run")
+        barrier()  # a launcher ends the others when one has gone
         if not saved or not all(saved):
             raise CheckpointError(f"stopped for {reason}, and no checkpoint could be written")
         logger.warning(
@@ -320,14 +333,19 @@ def build_dataloader(runner: Any, config: Any, model: Any) -> Any:
             "PolarTrainLoop needs train_dataloader.sampler.type=PackSampler, got "
             f"{type(sampler).__name__}"
         )
-    dataloader.worker_init_fn = _QuietWorker(dataloader.worker_init_fn)
+    _quieten(dataloader)
     # Before the first plan, which balances what packs cost.
     sampler.model_shape = shape_of(model)
     return dataloader
 
 
+def _quieten(dataloader: Any) -> None:
+    """Let the dataloader's processes outlive signals that the run hears."""
+    dataloader.worker_init_fn = _QuietWorker(dataloader.worker_init_fn)
+
+
 class _QuietWorker:
-    """Starts a process that prepares packs: it outlives signals that the run hears."""
+    """Starts a process that prepares data and does not hear signals."""
 
     def __init__(self, init: Any) -> None:
         self._init = init

@@ -91,14 +91,14 @@ class WarmupCosineLR(_ParamScheduler):  # type: ignore[misc]
         self._from = (0, 0.0)
         super().__init__(optimizer, param_name="lr", end=end, **kwargs)
 
-    def continue_at(self, iteration: int, done: float | None = None) -> None:
+    def continue_at(self, iteration: int, step: int = 0, done: float = 0.0) -> None:
         """Take up the curve at an iteration of a resumed run.
 
         Args:
-            done: share of the run that lies before, where this is not `iteration / end`: ranks have
-                changed, and the rest of the curve is spread over the iterations that are left.
+            step, done: optimizer step at which the ranks of the run changed, and the share of it
+                before: from there on the rest of the curve is spread over the steps that are left.
         """
-        self._from = (0, 0.0) if done is None else (iteration // self.counts, done * self.total)
+        self._from = step, done * self.total
         self.last_step = self._global_step = iteration
         for group, value in zip(self.optimizer.param_groups, self._get_value()):
             group[self.param_name] = value

@@ -28,6 +28,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+PLAN_VERSION = 1
+"""Goes up when the same arguments give another plan: a run cannot be gone on with then."""
+
 WINDOW = 64
 """Packs whose groups are spread together: enough to fill and balance them, few against an epoch."""
 

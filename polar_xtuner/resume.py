@@ -18,6 +18,7 @@ from typing import Any
 from mmengine.dist import get_world_size
 
 from polar_xtuner.checkpoint import CheckpointError, check_on_all_ranks, load_meta, newest_sound
+from polar_xtuner.packing import PLAN_VERSION
 from polar_xtuner.sampler import PackSampler, Stretch
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,10 @@ def find_checkpoint(runner: Any, is_deepspeed: bool) -> Path | None:
             return None
         runner._load_from = str(newest)
     elif "://" in runner._load_from:
-        return None  # mmengine loads it from elsewhere
+        raise CheckpointError(
+            f"{runner._load_from} would be loaded unseen, with the code it may bring: copy it to a "
+            "folder first"
+        )
     else:
         check_on_all_ranks(Path(runner._load_from))
     path = Path(runner._load_from)
@@ -57,11 +61,14 @@ def find_checkpoint(runner: Any, is_deepspeed: bool) -> Path | None:
     return path if runner._resume else None
 
 
-def settle(path: Path, sampler: PackSampler, record: dict[str, Any], changed: bool) -> int:
+def settle(
+    path: Path, sampler: PackSampler, record: dict[str, Any], *, seed_is_set: bool, changed: bool
+) -> int:
     """Put `sampler` where the run of a checkpoint stands; the iteration to go on from.
 
     Args:
         record: of this run (`record_of`).
+        seed_is_set: by the config; else mmengine has drawn one, and the checkpoint's is taken.
         changed: go on although the records differ, at the same optimizer step of the new plan.
 
     Raises:
@@ -81,6 +88,8 @@ def settle(path: Path, sampler: PackSampler, record: dict[str, Any], changed: bo
     if before is None:
         logger.warning("%s does not tell what its run was like: nothing is compared", path)
         return done
+    if not seed_is_set:
+        sampler.seed = record["seed"] = before["seed"]
     history = [Stretch(*stretch) for stretch in before["history"]]
     last = history[-1]
     if done % last.accumulation:
@@ -102,6 +111,7 @@ def settle(path: Path, sampler: PackSampler, record: dict[str, Any], changed: bo
             "the same optimizer step of the new plan"
         )
     if changes:
+        sampler.follow([sampler.now(0)])
         logger.warning("resumed although the run has changed:\n  %s", "\n  ".join(changes))
         return step * sampler.accumulative_counts
     now = sampler.now(step)
@@ -122,6 +132,7 @@ def record_of(sampler: PackSampler) -> dict[str, Any]:
     shape = sampler.model_shape
     return {
         **sampler.dataset.identity,
+        "plan": PLAN_VERSION,
         "pairs_per_step": sampler.pairs_per_step,
         "seed": sampler.seed,
         "model": None if shape is None else asdict(shape),

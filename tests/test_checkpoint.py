@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmengine.logging import MessageHub
@@ -116,8 +117,27 @@ def test_every_file_of_a_deepspeed_folder_is_looked_through(tmp_path: Path) -> N
         check_checkpoint(folder)
     check_checkpoint(folder, part=0, parts=3)  # its files by turns
     part.unlink()
-    with pytest.raises(CheckpointError, match="optimizer states of 1 of 2 processes"):
+    with pytest.raises(CheckpointError, match=r"optim_states\.pt of 1 of 2 processes"):
         check_checkpoint(folder)
+
+
+def test_zero3_needs_the_weights_of_every_process(tmp_path: Path) -> None:
+    folder = deepspeed_folder(tmp_path / "iter_1.pth")
+    states = folder / "mp_rank_00_model_states.pt"
+    for rank in (0, 1):
+        (folder / f"zero_pp_rank_{rank}_{states.name}").write_bytes(states.read_bytes())
+    states.unlink()
+    check_checkpoint(folder)
+    (folder / f"zero_pp_rank_1_{states.name}").unlink()
+    with pytest.raises(CheckpointError, match=r"model_states\.pt of 1 of 2 processes"):
+        check_checkpoint(folder)
+
+
+def test_deepspeed_without_zero_keeps_its_optimizer_with_the_weights(tmp_path: Path) -> None:
+    folder = deepspeed_folder(tmp_path / "iter_1.pth", ranks=0)
+    state = {"module": {}, "dp_world_size": 2, "optimizer": {"state": {}}}
+    torch.save(state, folder / "mp_rank_00_model_states.pt")
+    check_checkpoint(folder)
 
 
 def test_the_newest_sound_checkpoint_is_found_past_damaged_ones(tmp_path: Path) -> None:
@@ -196,6 +216,7 @@ class FakeRunner(SimpleNamespace):
             work_dir=str(work_dir),
             iter=-1,
             epoch=0,
+            train_loop=SimpleNamespace(_iter=0),
             size=size,
             model=None,
             logger=checkpoint.logger,
@@ -259,20 +280,35 @@ def test_a_full_disk_is_reported_and_leaves_the_last_good_checkpoint(
     hook.after_train(runner)
 
 
-def test_a_folder_that_cannot_be_written_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runner = FakeRunner(tmp_path)
+def test_a_disk_that_cannot_be_written_any_more_is_reported(full_disk: Path) -> None:
+    runner = FakeRunner(full_disk)
     hook = hook_of(runner)
     assert save(hook, runner, 1)
-
-    def read_only(*args: Any, **kwargs: Any) -> None:
-        raise OSError(30, "Read-only file system", "iter_2.pth")
-
-    monkeypatch.setattr(runner, "save_checkpoint", read_only)
+    subprocess.run(["mount", "-o", "remount,ro", str(full_disk)], check=True)
     assert not save(hook, runner, 2)
     assert "Read-only file system" in hook._failure
+    assert names(full_disk) == {"iter_1.pth", "last_checkpoint"}
+
+
+def test_what_could_not_be_read_again_is_not_kept(tmp_path: Path) -> None:
+    runner = FakeRunner(tmp_path)
+    hook = hook_of(runner, keep=1)
+    assert save(hook, runner, 1)
+    write = runner.save_checkpoint
+
+    def with_a_path(*args: Any, meta: dict[str, Any], **options: Any) -> None:
+        write(*args, meta={**meta, "where": tmp_path}, **options)
+
+    runner.save_checkpoint = with_a_path
+    assert not save(hook, runner, 2)
+    assert "asks for pathlib" in hook._failure
     assert names(tmp_path) == {"iter_1.pth", "last_checkpoint"}
+
+
+def test_what_numpy_keeps_in_a_checkpoint_is_safe(tmp_path: Path) -> None:
+    values = [np.dtype(kind).type(1) for kind in ("f2", "f8", "i2", "u1", "u8", "b1")]
+    torch.save({**STATE, "values": values, "array": np.ones(3, "u1")}, tmp_path / "x.pth")
+    check_checkpoint(tmp_path / "x.pth")
 
 
 def test_what_a_killed_writer_left_is_cleared_and_what_it_replaced_comes_back(
@@ -284,6 +320,31 @@ def test_what_a_killed_writer_left_is_cleared_and_what_it_replaced_comes_back(
     deepspeed_folder(tmp_path / "iter_1.pth")
     hook_of(FakeRunner(tmp_path))
     assert names(tmp_path) == {"iter_1.pth", "iter_2.pth"}
+
+
+def test_a_good_folder_stays_where_there_is_nothing_to_take_its_place(tmp_path: Path) -> None:
+    """As a file system of several nodes may have it, whose listings are late."""
+    final = deepspeed_folder(tmp_path / "iter_1.pth")
+    assert checkpoint._move(tmp_path / ".iter_1.pth.partial", final)
+    check_checkpoint(final)
+
+
+def test_what_was_being_replaced_counts_when_a_run_looks_for_its_newest(tmp_path: Path) -> None:
+    deepspeed_folder(tmp_path / ".iter_2.pth.old")
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_2.pth"))
+    assert newest_sound(tmp_path) == tmp_path / "iter_2.pth"
+
+
+def test_a_folder_that_is_removed_is_never_seen_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = deepspeed_folder(tmp_path / "iter_1.pth")
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path: None)  # killed here
+    checkpoint._remove(folder)
+    assert all(name.endswith(".partial") for name in names(tmp_path))
+    monkeypatch.undo()
+    checkpoint._clear(tmp_path)
+    assert not names(tmp_path)
 
 
 def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
@@ -300,6 +361,20 @@ def test_one_iteration_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert save(hook, runner, 4)
     monkeypatch.setattr(runner, "save_checkpoint", None)
     assert save(hook, runner, 4)
+
+
+def test_the_best_checkpoint_of_another_run_stays(tmp_path: Path) -> None:
+    other = tmp_path / "other" / "best_accuracy_iter_1.pth"
+    other.parent.mkdir()
+    torch.save(STATE, other)
+    runner = FakeRunner(tmp_path)
+    hook = hook_of(runner, save_best="accuracy", rule="greater")
+    runner.message_hub.update_info("best_score", 0.1)
+    runner.message_hub.update_info("best_ckpt", str(other))
+    runner.iter = 1
+    hook.after_val_epoch(runner, {"accuracy": 0.2})
+    assert other.exists()
+    assert (tmp_path / "best_accuracy_iter_1.pth").exists()
 
 
 def test_the_best_checkpoint_stays_until_a_better_one_is_there(tmp_path: Path) -> None:

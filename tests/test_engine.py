@@ -257,3 +257,17 @@ def test_the_shape_of_a_model_that_is_not_built_yet_is_that_of_its_config(make: 
     assert shape_of(model) == ModelShape(2, 32, 64, 4, 2)
     model.llm.num_hidden_layers = 1
     assert shape_of(model) == ModelShape(1, 32, 64, 4, 2)
+
+
+def test_data_that_cannot_be_planned_are_told_of_before_the_model_is_loaded(
+    make: Any, small: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for part in (small / "base").iterdir():
+        if part.suffix != ".bin":  # a model that cannot be loaded
+            (base / part.name).write_bytes(part.read_bytes())
+    with pytest.raises(
+        ValueError, match="400 groups cannot fill one optimizer step of 1 ranks x 500"
+    ):
+        make(500, accumulative_counts=500, pretrained_model_name_or_path=str(base))

@@ -175,6 +175,26 @@ def test_the_learning_rate_follows_the_config_of_the_resumed_run(make: Any, tmp_
     assert halved[4:] == pytest.approx([rate / 2 for rate in whole[4:]])
 
 
+def test_a_second_interruption_after_a_change_does_not_move_the_learning_rate(
+    make: Any, tmp_path: Path
+) -> None:
+    for name, stops in (("once", []), ("twice", [14])):
+        options = {"work_dir": tmp_path / name, "log_interval": 1, "save_steps": 1200}
+        stop(make(None, **options), 8)
+        options.update(accumulative_counts=2, resume=True)
+        for place in [*stops]:
+            stop(make(None, **options), 2 * place)
+        make(None, **options).train()
+    assert logged(tmp_path / "twice", "lr") == logged(tmp_path / "once", "lr")
+
+
+def test_a_seed_that_nobody_has_chosen_is_the_checkpoints(make: Any, tmp_path: Path) -> None:
+    options = {"work_dir": tmp_path / "run", "randomness": {"seed": None}}
+    make(2, **options).train()
+    make(4, resume=True, **options).train()
+    assert numbers(tmp_path / "run") == [2, 4]
+
+
 # ---- Another number of packs a step
 
 
@@ -245,6 +265,23 @@ def test_a_checkpoint_of_an_older_version_is_resumed_with_a_warning(
     torch.save(old, tmp_path / "run" / "iter_2.pth")
     make(4, work_dir=tmp_path / "run", resume=True).train()
     assert numbers(tmp_path / "run") == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"load_from": "http://a.b/iter_2.pth"}, "copy it to a folder first"),
+        ({"default_hooks": {"checkpoint": {"by_epoch": True}}}, "epochs are no unit"),
+        ({"default_hooks": {"checkpoint": {"out_dir": "s3://a"}}}, "not to s3://a"),
+        ({"default_hooks": {"checkpoint": {"type": "CheckpointHook"}}}, "PolarCheckpointHook"),
+        ({"train_cfg": {"time_limit": "soon"}}, "time_limit must be 'HH:MM:SS'"),
+    ],
+)
+def test_what_could_lose_a_run_is_refused_at_its_start(
+    options: dict[str, Any], reason: str, make: Any
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        make(2, **options).train()
 
 
 # ---- Damaged checkpoints and disks that fail

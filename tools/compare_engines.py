@@ -84,7 +84,8 @@ def main() -> None:
             )
     for result in results:
         print(json.dumps(result) if args.json else row(result))
-    sys.exit(any(r["loss"] > MOST_OFF_LOSS or r["weights"] > args.most_off for r in results))
+    good = (r["loss"] <= MOST_OFF_LOSS and r["weights"] <= args.most_off for r in results)
+    sys.exit(not all(good))
 
 
 def row(result: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ optimizer state have to be those of the unbroken run, bit for bit.
 
 JSON: `runs`, `kills`, `in_saves` (kills while a checkpoint was being written), `identical` (runs),
 `lost` (checkpoints that had been there and were gone or damaged after a kill). Exit status 1 unless
-every run was identical and nothing lost.
+every run was identical, nothing lost and something killed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def main() -> None:
         "lost": sum(outcome.lost for outcome in outcomes),
     }
     print(json.dumps(result) if args.json else "\n".join(f"{k:12}{v}" for k, v in result.items()))
-    sys.exit(result["identical"] != result["runs"] or result["lost"] > 0)
+    good = result["identical"] == result["runs"] and not result["lost"] and result["kills"]
+    sys.exit(not good)
 
 
 class Trial:

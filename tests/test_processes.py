@@ -1,0 +1,172 @@
+"""Runs of two processes that are stopped, killed, and gone on with by another number."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT, TINY, run
+
+sys.path.insert(0, str(ROOT / "tools"))
+from tiny_run import deepspeed_file, logged, tensors
+
+PLUG_IN = """
+import os, signal
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+RANK = int(os.environ.get("RANK", 0))
+
+@HOOKS.register_module()
+class At(Hook):
+    def __init__(self, iteration, rank, what):
+        self.place, self.what = (iteration, rank), what
+
+    def after_train_iter(self, runner, **kwargs):
+        if (runner.iter + 1, RANK) != self.place:
+            return
+        if self.what == "raise":
+            raise OSError("the tray of node 7 is open")
+        os.kill(os.getpid(), getattr(signal, self.what))
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with demo data, a tiny base model and a plug-in that breaks runs."""
+    folder = tmp_path_factory.mktemp("processes")
+    tool = ROOT / "tools" / "make_demo.py"
+    made = run(sys.executable, tool, folder, "--train", 300, "--held-out", 10)
+    assert made.returncode == 0, made.stdout
+    (folder / "breaks.py").write_text(PLUG_IN)
+    (folder / "config.py").write_text(
+        f"_base_ = {str(TINY)!r}\n"
+        "custom_imports = dict(imports=['polar_xtuner.engine', 'breaks'])\n"
+        "iteration = 0\nrank = 0\nwhat = 'SIGUSR1'\n"
+        "custom_hooks = [dict(type='At', iteration=iteration, rank=rank, what=what)]\n"
+    )
+    return folder
+
+
+def train(
+    tiny: Path, work_dir: Path, *options: object, processes: int = 2, **settings: object
+) -> str:
+    values = {
+        "pretrained_model_name_or_path": tiny / "base",
+        "data_files": tiny / "train.jsonl",
+        "cache_dir": tiny / "cache",
+        "log_interval": 1,
+        "save_steps": 100,
+        **settings,
+    }
+    result = run(
+        *("xtuner", "train", tiny / "config.py", "--work-dir", work_dir, *options),
+        *("--cfg-options", *(f"{name}={value}" for name, value in values.items())),
+        NPROC_PER_NODE=str(processes),
+        OMP_NUM_THREADS="1",
+        PYTHONPATH=str(tiny),
+    )
+    return result.stdout
+
+
+def checkpoints(work_dir: Path) -> list[str]:
+    return sorted(path.name for path in work_dir.glob("iter_*.pth"))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_one_rank_is_told_to_stop_all_do_and_the_resumed_run_is_the_unbroken_one(
+    engine: str, tiny: Path, tmp_path: Path
+) -> None:
+    options = ("--deepspeed", deepspeed_file(tmp_path, 2)) if engine == "zero2" else ()
+    train(tiny, tmp_path / "unbroken", *options)
+    said = train(tiny, tmp_path / "broken", *options, iteration=5, rank=1)
+    (stopped,) = checkpoints(tmp_path / "broken")
+    assert stopped in ("iter_6.pth", "iter_7.pth")  # a step after the signal was heard
+    assert said.count("exitcode  : 75") == 2
+    train(tiny, tmp_path / "broken", *options, resume=True)
+    last = checkpoints(tmp_path / "unbroken")
+    assert checkpoints(tmp_path / "broken") == sorted([stopped, *last])
+    one, other = (tensors(tmp_path / name / last[-1]) for name in ("unbroken", "broken"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for field in ("loss", "lr", "grad_norm"):
+        assert logged(tmp_path / "broken", field) == logged(tmp_path / "unbroken", field)
+    if engine == "zero2":
+        said = train(tiny, tmp_path / "broken", *options, processes=1, resume=True)
+        assert "was written by 2 processes, now there are 1" in said
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_an_epoch_goes_on_with_another_number_of_processes(
+    before: int, after: int, tiny: Path, tmp_path: Path
+) -> None:
+    train(tiny, tmp_path, iteration=5, processes=before)
+    said = train(tiny, tmp_path, processes=after, resume=True)
+    assert f"the epoch goes on with {after} ranks x 1 packs a step" in said
+    assert sum(logged(tmp_path, "pairs").values()) == 300
+
+
+@pytest.mark.parametrize(
+    ("what", "shown"),
+    [
+        ("SIGKILL", "Signal 9 (SIGKILL) received by PID"),
+        ("raise", "OSError: the tray of node 7 is open"),
+    ],
+)
+def test_a_rank_that_dies_ends_the_run_with_its_own_error_last(
+    what: str, shown: str, tiny: Path, tmp_path: Path
+) -> None:
+    said = train(tiny, tmp_path, iteration=3, rank=1, what=what)  # `run` waits ten minutes at most
+    cause = said[said.index("Root Cause (first observed failure)") :]
+    assert "rank      : 1" in cause
+    assert shown in cause
+    assert not checkpoints(tmp_path)
+
+
+def test_deepspeed_settings_that_disagree_are_told_of_before_the_model_loads(
+    tiny: Path, tmp_path: Path
+) -> None:
+    file = deepspeed_file(tmp_path, 2)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "gradient_accumulation_steps": 4}))
+    base = tmp_path / "base"
+    base.mkdir()
+    for part in (tiny / "base").iterdir():
+        if part.suffix != ".bin":  # a model that cannot be loaded
+            (base / part.name).write_bytes(part.read_bytes())
+    said = train(
+        tiny, tmp_path, "--deepspeed", file, processes=2, pretrained_model_name_or_path=base
+    )
+    assert "DeepSpeed's file has gradient_accumulation_steps=4" in said
+
+
+@pytest.mark.parametrize("name", ["deepspeed_zero2_offload", "deepspeed_zero3"])
+def test_the_deepspeed_files_of_xtuner_run_as_they_are(
+    name: str, tiny: Path, tmp_path: Path
+) -> None:
+    few = {"train_cfg.max_epochs": None, "train_cfg.max_iters": 3}
+    said = train(tiny, tmp_path, "--deepspeed", name, **few)
+    assert checkpoints(tmp_path) == ["iter_3.pth"], said
+
+
+def test_all_engines_train_to_the_same_weights() -> None:
+    tool = ROOT / "tools" / "compare_engines.py"
+    command = [sys.executable, tool, "--steps", "6", "--engines", "ddp", "zero1", "zero3", "--json"]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [line["engine"] for line in lines] == ["ddp", "zero1", "zero3"]
+    assert all(line["steps"] == 6 and line["loss"] < 1e-5 for line in lines)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_runs_that_are_killed_lose_nothing(processes: int) -> None:
+    tool = ROOT / "tools" / "crash_test.py"
+    command = [sys.executable, tool, "--runs", 1, "--processes", processes, "--json"]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert (found["identical"], found["lost"]) == (1, 0), result.stderr
+    assert found["kills"] >= 1
