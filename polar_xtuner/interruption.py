@@ -73,7 +73,8 @@ class Interruption:
             return
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # What ends now need not hear that a launcher ends the ranks when one has gone.
+            signal.signal(number, signal.SIG_IGN if kind is SystemExit else handler)
         os.close(self._pipe[1])  # the thread reads the end of the file, and ends
 
     def is_due(self) -> bool:

@@ -207,16 +207,18 @@ def test_a_tensor_is_read_in_the_dtype_asked_for():
 # ---- The same model
 
 
-def test_every_kind_of_checkpoint_converts_to_the_same_model(checkpoints, config, tmp_path):
+def test_a_folder_converts_to_the_model_of_the_file(checkpoints, config, tmp_path):
+    """By the real command; the other kinds of folder are compared above, tensor by tensor."""
     of_kind = {}
-    for kind in (*FULL, *LORA):
+    kinds = ("zero2", LORA[0])
+    for kind in kinds:
         for form in ("", ".pth"):
             out = tmp_path / f"{kind}{form}"
             options = LORA_OPTIONS if kind in LORA else ()
             result = convert(config, checkpoints / f"{kind}{form}", out, *options)
             assert result.returncode == 0, result.stdout
             of_kind[kind + form] = load_file(out / "model.safetensors")
-    for kind in (*FULL, *LORA):
+    for kind in kinds:
         folder, file = of_kind[kind], of_kind[f"{kind}.pth"]
         assert folder.keys() == file.keys()
         for name in folder:
@@ -360,19 +362,19 @@ def test_lacking_tensors_are_refused_by_name(state, config, tmp_path):
 # ---- The tool that measures
 
 
-def test_the_benchmark_converts_every_kind_exactly(tmp_path):
+def test_the_benchmark_converts_exactly(tmp_path):
     result = subprocess.run(
         [
             *(sys.executable, ROOT / "tools" / "bench_convert.py", "--json", "--folder", tmp_path),
             *("--hidden-size", "64", "--layers", "1", "--vocab-size", "300"),
-            *("--kinds", "file", "zero3", "lora"),
+            *("--kinds", "file", "zero3"),
         ],
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
     figures = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["kind"] for line in figures] == ["file", "zero3", "lora"]
-    assert [line.get("exact") for line in figures] == [True, True, None]
+    assert [line["kind"] for line in figures] == ["file", "zero3"]
+    assert all(line["exact"] for line in figures)
     assert all(line["peak_gb"] > line["anonymous_gb"] > 0 for line in figures)
     assert not any(tmp_path.iterdir())

@@ -391,47 +391,6 @@ def test_a_checkpoint_that_lacks_tensors_is_not_trained_from(
     assert not (tmp_path / "w" / "last_checkpoint").exists()
 
 
-def test_deepspeed_in_two_processes_trains_resumes_and_converts(tiny: Path, tmp_path: Path) -> None:
-    deepspeed = tmp_path / "zero2.json"
-    deepspeed.write_text(
-        json.dumps(
-            {
-                "gradient_accumulation_steps": "auto",
-                "train_micro_batch_size_per_gpu": "auto",
-                "gradient_clipping": "auto",
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_optimization": {"stage": 2},
-            }
-        )
-    )
-    ends = []
-    for name, resume in (("whole", None), ("resumed", tmp_path / "whole" / "iter_10.pth")):
-        result = run(
-            *("xtuner", "train", TINY, "--work-dir", tmp_path / name, "--deepspeed", deepspeed),
-            *(("--resume", resume) if resume else ()),
-            *settings(tiny, save_steps=10, save_total_limit=-1),
-            NPROC_PER_NODE="2",
-        )
-        assert (tmp_path / name / "last_checkpoint").exists(), result.stdout
-        assert all(0 < norm < 100 for norm in logged(tmp_path / name, "grad_norm"))
-        assert len(logged(tmp_path / name, "grad_norm")) == len(logged(tmp_path / name, "loss"))
-        run(
-            *(
-                "xtuner",
-                "convert",
-                "pth_to_hf",
-                TINY,
-                last(tmp_path / name),
-                tmp_path / f"{name}_hf",
-            ),
-            *("--cfg-options", f"pretrained_model_name_or_path={tiny / 'base'}"),
-        )
-        ends.append(load_file(tmp_path / f"{name}_hf" / "model.safetensors"))
-    whole, resumed = ends
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
 @pytest.mark.parametrize("what", ["no row to score", "rewards are not finite"])
 def test_score_ends_with_a_reason_where_it_has_no_number(
     what: str, tiny: Path, tmp_path: Path
