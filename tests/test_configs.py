@@ -31,7 +31,7 @@ REGISTRIES = (
     *(BUILDER, MODELS, MODEL_WRAPPERS, DATA_SAMPLERS, FUNCTIONS, LOOPS, HOOKS, PARAM_SCHEDULERS),
     *(OPTIMIZERS, OPTIM_WRAPPERS, VISBACKENDS, VISUALIZERS),
 )
-NOT_SETTINGS = {"load_from", "resume", "log_level"}
+NOT_SETTINGS = {"load_from", "resume", "log_level", "runner_type", "sequence_parallel_size"}
 """Top-level names that xtuner reads itself."""
 
 
