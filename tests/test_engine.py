@@ -12,7 +12,7 @@ import torch
 from host_reads import host_reads
 from mmengine.hooks import CheckpointHook
 
-from polar_xtuner import engine, metrics
+from polar_xtuner import checks, engine, metrics
 from polar_xtuner.checks import shape_of
 from polar_xtuner.engine import NonFiniteError, PolarTrainLoop
 from polar_xtuner.packing import ModelShape
@@ -271,3 +271,44 @@ def test_data_that_cannot_be_planned_are_told_of_before_the_model_is_loaded(
         ValueError, match="400 groups cannot fill one optimizer step of 1 ranks x 500"
     ):
         make(500, accumulative_counts=500, pretrained_model_name_or_path=str(base))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": {"llm": {"max_position_embeddings": 256}}}, "more than the 256 positions"),
+        (
+            {"train_dataloader": {"sampler": {"accumulative_counts": 3}}},
+            "the sampler plans for 3",
+        ),
+        ({"accumulative_counts": 3}, "would split an optimizer step of 3"),
+        ({"reward_token_id": 100000}, "the model's vocabulary has"),
+        ({"attention": "flash_attn"}, "flash-attn needs CUDA"),
+        ({"max_packed_length": 40}, "do not fit a pack of max_packed_length=40"),
+    ],
+)
+def test_a_config_that_cannot_be_right_is_refused_with_the_reason(
+    options: dict[str, Any], message: str, make: Any
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(None, save_steps=10, **options).train()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gradient_accumulation_steps", 4),
+        ("train_micro_batch_size_per_gpu", 2),
+        ("gradient_clipping", 0.5),
+    ],
+)
+def test_a_deepspeed_file_that_disagrees_with_the_config_is_refused(name: str, value: Any) -> None:
+    config = {
+        "gradient_accumulation_steps": 2,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+    }
+    checks._check_deepspeed(config, {name: "auto"})
+    checks._check_deepspeed(config, dict(config))
+    with pytest.raises(ValueError, match=f"file has {name}={value}, the config .*={config[name]}:"):
+        checks._check_deepspeed(config, {**config, name: value})

@@ -327,6 +327,15 @@ def test_a_deepspeed_folder_is_not_resumed_without_deepspeed(make: Any, tmp_path
         make(4, load_from=str(folder), resume=True).train()
 
 
+def test_a_deepspeed_checkpoint_needs_as_many_processes_as_wrote_it(tmp_path: Path) -> None:
+    state = {"dp_world_size": 2, "meta": {"iter": 4}, "module": {}}
+    torch.save(state, tmp_path / "mp_rank_00_model_states.pt")
+    for rank in range(2):
+        torch.save(state, tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    with pytest.raises(ValueError, match="was written by 2 processes, now there are 1"):
+        resume.settle(tmp_path, None, {}, seed_is_set=True, changed=False)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for two checkpoints of the small model."""
