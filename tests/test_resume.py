@@ -327,6 +327,16 @@ def test_a_deepspeed_folder_is_not_resumed_without_deepspeed(make: Any, tmp_path
         make(4, load_from=str(folder), resume=True).train()
 
 
+def test_a_checkpoint_that_lacks_tensors_is_not_trained_from(make: Any, tmp_path: Path) -> None:
+    make(2, work_dir=tmp_path / "run").train()
+    lacking = torch.load(tmp_path / "run" / "iter_2.pth")
+    del lacking["state_dict"]["llm.layers.1.attention.wo.weight"]
+    torch.save(lacking, tmp_path / "lacking.pth")
+    name = r"lacks 1 tensors of this model: llm\.layers\.1\.attention\.wo\.weight"
+    with pytest.raises(ValueError, match=name):
+        make(2, load_from=str(tmp_path / "lacking.pth")).train()
+
+
 def test_a_deepspeed_checkpoint_needs_as_many_processes_as_wrote_it(tmp_path: Path) -> None:
     state = {"dp_world_size": 2, "meta": {"iter": 4}, "module": {}}
     torch.save(state, tmp_path / "mp_rank_00_model_states.pt")
