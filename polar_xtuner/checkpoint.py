@@ -194,9 +194,7 @@ def _newest_first(work_dir: Path) -> list[Path]:
     A writer may be killed after a checkpoint and before it is named.
     """
     pointer = work_dir / LAST
-    found = [
-        path for path in work_dir.glob("*.pth") if re.match(r"(iter|epoch)_\d+\.pth", path.name)
-    ]
+    found = [path for path in work_dir.glob("iter_*.pth") if re.match(r"iter_\d+\.pth$", path.name)]
     found.sort(key=lambda path: int(re.sub(r"\D", "", path.name)), reverse=True)
     if not pointer.is_file():
         return found
@@ -343,9 +341,11 @@ class PolarCheckpointHook(CheckpointHook):  # type: ignore[misc]
         failures = _of_all_ranks(failures)
         if not failures:
             failures = _of_all_ranks(_move(partial, folder / name) if is_main_process() else [])
-        if not failures and local_rank() == 0 and not (folder / name).exists():
-            failures = _move(partial, folder / name)  # a node with a disk of its own
-        barrier()
+        if not failures:
+            late = []
+            if local_rank() == 0 and not is_main_process():
+                late = _move(partial, folder / name)  # a node may have a disk of its own
+            failures = _of_all_ranks(late if partial.exists() else [])
         if not failures:
             self._failure = ""
             return True

@@ -84,13 +84,12 @@ def settle(
         )
     done = int(checkpoint["meta"]["iter"])
     info = checkpoint.get("message_hub", {}).get("runtime_info", {})
-    before = info.get(RECORD)
-    if before is None:
+    before = info.get(RECORD, {})
+    if not before:
         logger.warning("%s does not tell what its run was like: nothing is compared", path)
-        return done
-    if not seed_is_set:
+    elif not seed_is_set:
         sampler.seed = record["seed"] = before["seed"]
-    history = [Stretch(*stretch) for stretch in before["history"]]
+    history = [Stretch(*stretch) for stretch in before.get("history", [sampler.now(0)])]
     last = history[-1]
     if done % last.accumulation:
         raise ValueError(
@@ -101,7 +100,7 @@ def settle(
     changes = [
         f"{name}: {_shown(before.get(name))} in the checkpoint, {_shown(value)} now"
         for name, value in record.items()
-        if before.get(name) != value
+        if before and before.get(name) != value
     ]
     if changes and not changed:
         raise ValueError(

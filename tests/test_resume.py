@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -344,18 +342,6 @@ def test_a_deepspeed_checkpoint_needs_as_many_processes_as_wrote_it(tmp_path: Pa
         torch.save(state, tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     with pytest.raises(ValueError, match="was written by 2 processes, now there are 1"):
         resume.settle(tmp_path, None, {}, seed_is_set=True, changed=False)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for two checkpoints of the small model."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_training_goes_on_when_a_disk_is_full_and_says_so_at_the_end(

@@ -24,10 +24,9 @@ import torch.multiprocessing as mp
 from commands import TINY, run
 from host_reads import host_reads
 from test_attention import emulated_flash_attn
-from test_shared_prefix import PlainGroup, collated, random_group
+from test_shared_prefix import PlainGroup, collated, random_group, reward_model
 
 from polar_xtuner import attention, sequence_parallel
-from polar_xtuner.modeling_internlm2 import InternLM2Config, InternLM2ForRewardModel
 from polar_xtuner.reward_model import PolarRewardModel
 from polar_xtuner.sequence_parallel import (
     check_heads,
@@ -43,24 +42,8 @@ WORLD = 4
 SIZES = (2, 4)
 
 
-def reward_model(checkpointing: bool, kv_heads: int = 4) -> PolarRewardModel:
-    torch.manual_seed(0)
-    config = InternLM2Config(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
-        bias=False,
-    )
-    llm = InternLM2ForRewardModel(config)
-    for name, parameter in llm.named_parameters():
-        parameter.data.normal_(std=0.25)
-        if "norm" in name:
-            parameter.data += 1
-    return PolarRewardModel(llm, use_activation_checkpointing=checkpointing).double().train()
+def parallel_model(checkpointing: bool = False, kv_heads: int = 4) -> PolarRewardModel:
+    return reward_model(checkpointing, heads=8, kv_heads=kv_heads)
 
 
 @dataclass
@@ -129,7 +112,7 @@ def go_backward(model: PolarRewardModel, pack: dict[str, Any], result: Result) -
 
 def computed(case: Case) -> Result:
     """What a process makes of its pack; what one process makes of them all, if it is alone."""
-    model, result = reward_model(case.checkpointing), Result()
+    model, result = parallel_model(case.checkpointing), Result()
     ranks = data_parallel_size()
     if dist.is_initialized():
         go_backward(model, case.data[data_parallel_rank() % len(case.packs)], result)
@@ -157,7 +140,7 @@ def refusal(function: Any, *args: Any) -> str:
 def different_packs() -> str:
     pack = CASES["odd"].data[0]
     pack["input_ids_T"][dist.get_rank() % 2] += 1
-    return refusal(reward_model(False), pack)
+    return refusal(parallel_model(), pack)
 
 
 def through_flash_attn() -> tuple[Result, tuple[int, ...]]:
@@ -178,7 +161,7 @@ def through_flash_attn() -> tuple[Result, tuple[int, ...]]:
 
 
 def reads_after_the_first_pack() -> int:
-    model, pack = reward_model(False), CASES["odd"].data[0]
+    model, pack = parallel_model(), CASES["odd"].data[0]
     model(pack, mode="loss")["loss"].backward()
     with host_reads() as reads:
         model(pack, mode="loss")["loss"].backward()
@@ -203,7 +186,7 @@ def process(rank: int, folder: Path) -> None:
         found[size] = {
             "facts": facts(),
             "slice": own_slice(torch.arange(1, 6)),
-            "heads": refusal(reward_model(False, kv_heads=1), CASES["odd"].data[0]),
+            "heads": refusal(parallel_model(kv_heads=1), CASES["odd"].data[0]),
             "packs": different_packs(),
             "reads": reads_after_the_first_pack(),
             "results": {name: computed(case.of(WORLD // size)) for name, case in CASES.items()},

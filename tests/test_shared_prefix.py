@@ -45,15 +45,15 @@ class PlainGroup:
         return Group(np.array(tokens), np.array(pieces), pair_array(self.pairs))
 
 
-def reward_model(checkpointing=False, seed=0, vocab_size=VOCAB):
+def reward_model(checkpointing=False, seed=0, vocab_size=VOCAB, heads=4, kv_heads=2):
     torch.manual_seed(seed)
     config = InternLM2Config(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=40,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=512,
         bias=False,
     )
