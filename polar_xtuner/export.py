@@ -2,7 +2,8 @@
 
 The folder is the base checkpoint's with other weights: its `config.json` (with `auto_map`), code
 files and tokenizer are copied as they are, so that vLLM, SGLang, LMDeploy and `AutoModel` find
-what they expect.
+what they expect. What the weights, as they were written, make of a few rows is put beside them
+(`golden_scores`).
 
 Tensors are read, checked and written one at a time. All files are written to `.unfinished` within
 the folder and moved to their places at the end, `config.json` last: an export that fails or is
@@ -23,12 +24,13 @@ from huggingface_hub import snapshot_download, split_state_dict_into_shards_fact
 from torch import Tensor
 
 from polar_xtuner.conversion import ConversionError, StoredTensor
+from polar_xtuner.golden import GOLDEN, write_golden
+from polar_xtuner.golden_scores import INDEX, golden_scores
 from polar_xtuner.modeling_internlm2 import first_names
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 UNFINISHED = ".unfinished"
 WEIGHTS = ("*.bin", "*.safetensors", "*.pt", "*.pth", "*.index.json")
 
@@ -94,6 +96,7 @@ def export_hf(
         config = json.loads((unfinished / CONFIG).read_text())
         config["torch_dtype"] = str(stored["model.norm.weight"].dtype).removeprefix("torch.")
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _add_golden_scores(unfinished)
         _move_into_place(unfinished, save_dir)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -131,18 +134,26 @@ def _write_safetensors(file: Path, tensors: Mapping[str, StoredTensor]) -> None:
         os.fsync(out.fileno())  # a network file system reports a full disk only then
 
 
+def _add_golden_scores(folder: Path) -> None:
+    try:
+        write_golden(folder, golden_scores(folder))
+    except ValueError as error:
+        logger.warning("there will be no %s to verify servers with: %s", GOLDEN, error)
+
+
 def _copy_base(base: str, folder: Path) -> None:
-    """Everything of the base checkpoint but its weights."""
+    """Everything of the base checkpoint but its weights and what they have scored."""
     source = Path(base)
     if not source.is_dir():
         source = Path(snapshot_download(base, ignore_patterns=list(WEIGHTS)))
     for file in source.iterdir():
-        if file.is_file() and not any(file.match(pattern) for pattern in WEIGHTS):
+        if file.is_file() and not any(file.match(pattern) for pattern in (*WEIGHTS, GOLDEN)):
             shutil.copyfile(file, folder / file.name)
 
 
 def _move_into_place(unfinished: Path, save_dir: Path) -> None:
     (save_dir / CONFIG).unlink(missing_ok=True)  # of an earlier export: without, it is no model
+    (save_dir / GOLDEN).unlink(missing_ok=True)
     for file in sorted(unfinished.iterdir(), key=lambda file: file.name == CONFIG):
         file.replace(save_dir / file.name)
     unfinished.rmdir()

@@ -1,4 +1,4 @@
-"""Rewards in process: a checkpoint and rows in, numbers out.
+"""Rewards in process, by the same call as over HTTP (`client`): items in, numbers out.
 
 The ids are the template's, the forward is training's: candidates of one prompt and reference form
 a group that shares its prefix, groups are packed under a token cap.
@@ -7,124 +7,165 @@ a group that shares its prefix, groups are packed under a token cap.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from polar_xtuner.cache import PAIR, Group, lay_out
 from polar_xtuner.collate import PackLayout, collate_pack
 from polar_xtuner.modeling_internlm2 import InternLM2ForRewardModel
 from polar_xtuner.packing import best_fit
+from polar_xtuner.rewards import (
+    Item,
+    Rewards,
+    Scored,
+    as_items,
+    candidate_of,
+    check_on_error,
+    gather,
+    read_calibration,
+)
 from polar_xtuner.template import Candidate, PolarTemplate, check_vocabulary
+from polar_xtuner.tokenizer import load_tokenizer, local_folder
 
 CHUNK = 4096
-"""Candidates that are tokenised and packed together; equal ones among them are computed once."""
+"""Items that are tokenised and packed together; equal ones among them are computed once."""
+
+Ids = tuple[int, ...]
 
 
 class PolarScorer:
-    """Scores candidates with a POLAR checkpoint, on one device.
+    """Scores items with a POLAR checkpoint, on one device.
 
     Args:
-        path: a Hugging Face folder or hub name.
+        path: a Hugging Face folder or hub name. No code of the checkpoint's is run.
         device: None is the first GPU, or the CPU where there is none.
-        dtype: None is float32 on the CPU, elsewhere what the checkpoint holds.
+        dtype: to compute in, as "bfloat16"; None is float32 on the CPU, elsewhere what the
+            checkpoint holds.
         max_length, max_response_length: see `PolarTemplate`; None is 16384 and 4096, or what the
             model's `max_position_embeddings` leaves room for.
         max_packed_length: tokens that go through the model at once.
         attention: see `attention.choose_backend`.
-        trust_remote_code: of the tokenizer; the model never needs it.
+        on_error: what becomes of items without a reward: "raise" a `RewardError` once the others
+            are done, or "none": they get None, and `Rewards.errors` says why.
+        normalize: give `Calibration.apply` of rewards, in (0, 1), in place of rewards.
 
     Raises:
-        ValueError: the checkpoint lacks tensors, or the tokenizer is not the model's.
+        ValueError: a setting is wrong, the checkpoint lacks tensors, or the tokenizer is not the
+            model's.
     """
 
     def __init__(
         self,
         path: str,
         device: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         max_length: int | None = None,
         max_response_length: int | None = None,
         max_packed_length: int = 16384,
         attention: str = "auto",
-        trust_remote_code: bool = False,
+        on_error: str = "raise",
+        normalize: bool = False,
     ) -> None:
+        check_on_error(on_error)
+        self.on_error = on_error
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype is None and self.device.type == "cpu":
-            dtype = torch.float32
-        model = InternLM2ForRewardModel.from_pretrained(path, torch_dtype=dtype or "auto")
+        if dtype is None:
+            dtype = "float32" if self.device.type == "cpu" else "auto"
+        self._calibration = read_calibration(local_folder(path)) if normalize else None
+        tokenizer = load_tokenizer(path)
+        model = InternLM2ForRewardModel.from_pretrained(path, torch_dtype=dtype)
         self.model = model.to(self.device).eval()
         self.model.model.attention_backend = attention
         longest = self.model.config.max_position_embeddings
         max_length = max_length or min(16384, longest)
         self.template = PolarTemplate(
-            _load_tokenizer(path, trust_remote_code),
-            max_length,
-            max_response_length or min(4096, (max_length - 3) // 2),
+            tokenizer, max_length, max_response_length or min(4096, (max_length - 3) // 2)
         )
         check_vocabulary(self.template.special_ids, self.model.config.vocab_size)
         self.cap = max(max_packed_length, max_length)
 
-    def score(self, candidates: Sequence[Candidate], progress: bool = False) -> list[float]:
-        """The reward of every candidate, in order.
+    def __call__(self, data: Item | Iterable[Item]) -> Rewards:
+        """The reward of every item, in order.
+
+        Args:
+            data: a dict or several, with `prompt`, `reference` and `output`, each a string or a
+                list of messages, and optionally `wrapper`.
 
         Raises:
-            ValueError: a reward is not finite.
+            RewardError: an item has no reward, and `on_error` is "raise".
         """
-        scores: list[float] = []
-        with tqdm(total=len(candidates), desc="Scoring", disable=not progress) as bar:
-            for start in range(0, len(candidates), CHUNK):
-                chunk = candidates[start : start + CHUNK]
-                scores += self._score(chunk)
-                bar.update(len(chunk))
-        bad = [number for number, score in enumerate(scores) if not math.isfinite(score)]
-        if bad:
-            raise ValueError(
-                f"{len(bad)} of {len(scores)} rewards are not finite, the first that of candidate "
-                f"{bad[0]}: the weights are damaged, or {self.model.dtype} overflows: try bfloat16 "
-                "or float32"
-            )
-        return scores
+        return gather(self.stream(as_items(data)), self.on_error)
 
-    def _score(self, candidates: Sequence[Candidate]) -> list[float]:
+    def stream(self, items: Iterable[Any]) -> Iterator[Scored]:
+        """What every item gets, in order, in constant memory; takes `CHUNK` items at a time."""
+        for scored in self._stream(items):
+            if self._calibration is None or scored.reward is None:
+                yield scored
+            else:
+                yield Scored(self._calibration.apply(scored.reward))
+
+    def score(self, candidates: Sequence[Candidate], progress: bool = False) -> list[float]:
+        """The reward of every candidate, in order, as the model gives it.
+
+        Raises:
+            RewardError: a reward is not finite.
+        """
+        scored = self._stream(candidates)
+        bar = tqdm(scored, desc="Scoring", total=len(candidates), disable=not progress)
+        return [reward for reward in gather(bar, "raise") if reward is not None]
+
+    def _stream(self, items: Iterable[Any]) -> Iterator[Scored]:
+        source = iter(items)
+        while chunk := [*islice(source, CHUNK)]:
+            found = [candidate_of(item) for item in chunk]
+            scored = iter(self._score([one for one in found if isinstance(one, Candidate)]))
+            yield from (one if isinstance(one, Scored) else next(scored) for one in found)
+
+    def _score(self, candidates: Sequence[Candidate]) -> list[Scored]:
         sequences = [tuple(ids) for ids in self.template.encode(candidates)]
-        prompts: dict[tuple[str, str, str], dict[tuple[int, ...], None]] = {}
+        prompts: dict[tuple[str, str, str], dict[Ids, None]] = {}
+        vocabulary = self.model.config.vocab_size
         for c, ids in zip(candidates, sequences):
-            prompts.setdefault((c.prompt, c.reference, c.wrapper), {})[ids] = None
-        groups = [group for members in prompts.values() for group in self._fitting(list(members))]
+            if max(ids) < vocabulary:
+                prompts.setdefault((c.prompt, c.reference, c.wrapper), {})[ids] = None
+        groups = [group for members in prompts.values() for group in self._fitting([*members])]
         layouts = [lay_out(group) for group in groups]
         lengths = np.array([len(tokens) for tokens, _ in layouts])
-        rewards: dict[tuple[int, ...], float] = {}
+        rewards: dict[Ids, float] = {}
         for pack in best_fit(lengths, self.cap):
             scores = iter(self._forward([layouts[i] for i in pack]))
             rewards.update((ids, next(scores)) for i in pack for ids in groups[i])
-        return [rewards[ids] for ids in sequences]
+        return [self._scored(ids, rewards.get(ids)) for ids in sequences]
 
-    def _fitting(self, members: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    def _fitting(self, members: list[Ids]) -> list[list[Ids]]:
         """The candidates of one prompt in as many groups as fit the cap."""
-        groups: list[list[tuple[int, ...]]] = []
-        room = 0
-        for ids in sorted(members):  # those that begin alike go together
-            if len(ids) > room:
-                groups.append([])
-                room = self.cap
-            groups[-1].append(ids)
-            room -= len(ids)
-        return groups
+        _, (prefix, *suffixes) = lay_out(members)
+        parts = best_fit(np.array(suffixes), self.cap - prefix)
+        return [[members[i] for i in part] for part in parts]
+
+    def _scored(self, ids: Ids, reward: float | None) -> Scored:
+        if reward is None:
+            return Scored(
+                None,
+                f"has id {max(ids)}, outside the model's vocabulary of "
+                f"{self.model.config.vocab_size}: the tokenizer has tokens that the model lacks",
+            )
+        if not math.isfinite(reward):
+            return Scored(
+                None,
+                f"its reward is not finite: the weights are damaged, or {self.model.dtype} "
+                "overflows: try bfloat16 or float32",
+            )
+        return Scored(reward)
 
     @torch.inference_mode()
     def _forward(self, layouts: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        groups = [
-            Group(np.array(tokens), np.array(pieces), np.empty(0, PAIR))
-            for tokens, pieces in layouts
-        ]
-        data = collate_pack([{"groups": groups, "pair_weight": 0.0, "rows": []}])["data"]
+        data = pack_of(layouts)
         rewards = self.model(
             data["input_ids_T"].to(self.device),
             data["position_ids_T"].to(self.device),
@@ -134,12 +175,12 @@ class PolarScorer:
         return rewards.tolist()
 
 
-def _load_tokenizer(path: str, trust_remote_code: bool) -> Any:
-    """From `tokenizer.json` where there is one, which needs no code of the checkpoint's."""
-    file = Path(path) / "tokenizer.json"
-    if file.is_file():
-        return Tokenizer.from_file(str(file))
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+def pack_of(layouts: Iterable[tuple[list[int], list[int]]]) -> dict[str, Any]:
+    """The tensors (`collate_pack`) of groups that only have candidates, as `lay_out` gives them."""
+    groups = [
+        Group(np.array(tokens), np.array(pieces), np.empty(0, PAIR)) for tokens, pieces in layouts
+    ]
+    return collate_pack([{"groups": groups, "pair_weight": 0.0, "rows": []}])["data"]
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
