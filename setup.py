@@ -31,10 +31,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["polar_xtuner", "polar_xtuner.*"]),
+    package_data={"polar_xtuner": ["golden_data/*.json"]},
     python_requires=">=3.10,<3.13",
-    install_requires=["numpy", "tokenizers"],
+    install_requires=["numpy", "tokenizers", "huggingface_hub", "aiohttp>=3.9", "tqdm"],
     extras_require={
         "train": TRAIN,
+        "score": ["torch>=2.6", "transformers>=4.48", "safetensors", "pyarrow"],  # in process
         "flash": ["flash-attn>=2.1"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
     },

@@ -82,12 +82,12 @@ def check_on_error(on_error: str) -> None:
         raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}")
 
 
-def as_items(data: Item | Iterable[Item]) -> list[Item]:
+def as_items(data: Item | Iterable[Item | Candidate]) -> list[Item | Candidate]:
     """A list of items, from one or several."""
     return [data] if isinstance(data, Mapping) else list(data)
 
 
-def candidate_of(item: Item) -> Candidate | Scored:
+def candidate_of(item: Item | Candidate) -> Candidate | Scored:
     """The candidate that an item holds, or what is wrong with the item.
 
     Errors name fields and types and show no content.
