@@ -1,94 +1,154 @@
 """Score rows with a POLAR checkpoint: `python tools/score.py MODEL FILE...`.
 
-Rows with an `output` give one JSON line each, in order; of rows with chosen and rejected the
-accuracy is printed: the share of pairs whose chosen answer gets the higher reward.
+In process, or with --server through servers of the checkpoint; MODEL is then for its tokenizer and
+to check the servers with. FILE is in any format that training reads; - is JSON lines from stdin.
+
+Every row gives one JSON line, in order: the `scores` of its outputs, or the `chosen_scores` and
+`rejected_scores` of a pair, of which the accuracy is told in the end, the share of pairs whose
+chosen answer gets the higher reward. Where something cannot be scored there is an `error`, and the
+exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
+from tqdm import tqdm
 
-from polar_xtuner.records import Row, RowCheck, find_files, read_rows
-from polar_xtuner.scoring import PolarScorer, wilson_interval
-from polar_xtuner.template import Candidate
+from polar_xtuner.records import BadRow, Row, find_files, parse_row, read_rows
+from polar_xtuner.scored_lines import Summary, scored_lines, take_scored, write_parquet
+
+STDIN = "-"
 
 
-def score_rows(scorer: PolarScorer, rows: list[Row], progress: bool) -> dict[str, Any]:
-    """`rows` (of those with outputs: place, id and scores) and, of pairs, n and accuracy."""
-    texts = [(*row.outputs, *row.chosen, *row.rejected) for row in rows]
-    scores = iter(
-        scorer.score(
-            [
-                Candidate(row.prompt, row.reference, text, row.wrapper)
-                for row, row_texts in zip(rows, texts)
-                for text in row_texts
-            ],
-            progress=progress,
-        )
+def open_scorer(args: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
+    lengths = {"max_length": args.max_length, "max_response_length": args.max_response_length}
+    lengths = {name: length for name, length in lengths.items() if length is not None}
+    if args.server:  # needs no torch
+        from polar_xtuner.client import RewardModelClient
+
+        where = {"server_type": args.server_type, "server_address": args.server}
+        return RewardModelClient(args.model, dtype=args.dtype, **where, **lengths)
+    from polar_xtuner.scoring import PolarScorer
+
+    return contextlib.nullcontext(
+        PolarScorer(args.model, device=args.device, dtype=args.dtype, **lengths)
     )
-    scored, margins = [], []
-    for row in rows:
-        outputs = [next(scores) for _ in row.outputs]
-        chosen = [next(scores) for _ in row.chosen]
-        rejected = [next(scores) for _ in row.rejected]
-        margins += [c - r for c in chosen for r in rejected]
-        if outputs:
-            scored.append({"file": row.file, "line": row.line, "id": row.id, "scores": outputs})
-    result: dict[str, Any] = {"n": len(margins), "rows": scored}
-    if margins:
-        right = sum(m > 0 for m in margins)
-        low, high = wilson_interval(right, len(margins))
-        result["accuracy"] = right / len(margins)
-        result["accuracy_interval_95"] = [low, high]
-        result["mean_margin"] = sum(margins) / len(margins)
-        result["ties"] = sum(m == 0 for m in margins)
-    return result
+
+
+def read_stdin() -> Iterator[Row | BadRow]:
+    from polar_xtuner.records import _read_lines
+
+    for line, raw in _read_lines(Path("/dev/stdin")):
+        yield raw if isinstance(raw, BadRow) else parse_row(raw, "/dev/stdin", line, scoring=True)
+
+
+def run(args: argparse.Namespace) -> Summary:
+    """Scores, writes and prints what `args` ask for."""
+    model = Path(args.model)
+    name = str(model.resolve()) if model.is_dir() else args.model
+    settings = json.dumps([name, args.max_length, args.max_response_length])
+    is_stdin = args.files == [STDIN]
+    rows = read_stdin() if is_stdin else read_rows(find_files(args.files), scoring=True)
+    output = args.output
+    as_parquet = output is not None and output.name.lower().endswith(".parquet")
+    if as_parquet:  # cannot be continued: lines are collected beside it
+        if output.exists():
+            raise ValueError(f"{output} is complete: remove it to score again")
+        output = output.with_name(f"{output.name}.jsonl")
+    summary = Summary()
+    if output is not None and output.exists() and output.stat().st_size:
+        if not args.resume:
+            raise ValueError(f"{output} exists: continue it with --resume, or remove it")
+        for line in take_scored(output, rows, settings):
+            summary.add(line)
+    listed = []
+    with open_scorer(args) as scorer, contextlib.ExitStack() as stack:
+        stream = sys.stdout
+        if output is not None:
+            stream = stack.enter_context(output.open("a", encoding="utf-8", buffering=1))
+        bar = tqdm(
+            scored_lines(scorer, rows, settings),
+            desc="Scoring",
+            unit=" rows",
+            initial=summary.rows,
+            disable=not sys.stderr.isatty() or stream.isatty(),
+        )
+        for line in bar:
+            summary.add(line)
+            if args.json and output is None:
+                listed.append(line)
+            else:
+                print(json.dumps(line), file=stream)
+    if not summary.rows:
+        raise ValueError(f"no row to score in {', '.join(args.files)}")
+    if as_parquet:
+        write_parquet(output, args.output)
+        output.unlink()
+    figures = summary.figures()
+    if args.json:
+        print(json.dumps({**figures, "rows": listed} if output is None else figures))
+    elif summary.n:
+        low, high = figures["accuracy_interval_95"]
+        print(
+            f"accuracy {figures['accuracy']:.4f} [{low:.4f}, {high:.4f}] on {summary.n} pairs, "
+            f"mean margin {figures['mean_margin']:.3f}",
+            file=sys.stderr,
+        )
+    return summary
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="Hugging Face folder of the model")
-    parser.add_argument("files", nargs="+", help="rows, in any format that training reads")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the tokenizer code of the folder"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and no more")
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder of the model")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="rows")
+    parser.add_argument("--output", type=Path, help="a .jsonl or .parquet file; default: stdout")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the output of an interrupted run after its last line without an error",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object and no more; without --output it holds all lines as `rows`",
+    )
+    parser.add_argument("--server", metavar="ADDRESS", help="host:port, several with commas")
+    parser.add_argument("--server-type", default="sglang", help="sglang, vllm or lmdeploy")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="to compute in; with --server, what the server computes in",
+    )
+    parser.add_argument("--max-length", type=int, help="see docs/configuration.md")
+    parser.add_argument("--max-response-length", type=int, help="see docs/configuration.md")
     args = parser.parse_args()
+    if args.resume and args.output is None:
+        parser.error("--resume needs --output")
+    if args.server and args.device:
+        parser.error("--device is for scoring without --server")
+    if STDIN in args.files and len(args.files) > 1:
+        parser.error("stdin (-) goes with no other file")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-
     try:
-        check = RowCheck(args.on_bad_row)
-        rows = list(check.accept(read_rows(find_files(args.files), scoring=True)))
-        if not rows:
-            raise ValueError(f"no row to score in {', '.join(args.files)}")
-        scorer = PolarScorer(
-            args.model,
-            device=args.device,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
-            trust_remote_code=args.trust_remote_code,
-        )
-        result = score_rows(scorer, rows, progress=sys.stderr.isatty() and not args.json)
+        summary = run(args)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"score.py: {error}")
-    if args.json:
-        print(json.dumps({**result, "bad_rows": check.bad}))
-        return
-    for row in result["rows"]:
-        print(json.dumps(row, ensure_ascii=False))
-    if result["n"]:
-        low, high = result["accuracy_interval_95"]
-        print(
-            f"accuracy {result['accuracy']:.4f} [{low:.4f}, {high:.4f}] on {result['n']} pairs, "
-            f"mean margin {result['mean_margin']:.3f}"
+    if summary.errors:
+        sys.stdout.flush()
+        sys.exit(
+            f"score.py: {summary.errors} of {summary.rows} rows have an error, the first: "
+            f"{summary.first_error}"
         )
 
 
