@@ -201,14 +201,21 @@ def convert_checkpoints_of_any_kind() -> None:
     def build(model: ConfigDict) -> Any:
         from xtuner.registry import BUILDER
 
+        from polar_xtuner.conversion import adds_unseen, open_model
         from polar_xtuner.modeling_internlm2 import InternLM2ForRewardModel as Reward
 
         name = f"{Reward.__module__}.{Reward.__qualname__}.from_pretrained"
         if model.llm.type in (name, Reward.from_pretrained):
-            if model.get("lora") is None:
-                model = ConfigDict({**model, "llm": {**model.llm, "type": Reward.empty}})
-            else:  # adapters are added to the base model's weights
-                model = ConfigDict({**model, "llm": {**model.llm, "low_cpu_mem_usage": True}})
+            lora = model.get("lora")
+            lora = BUILDER.build(lora) if isinstance(lora, dict) else lora
+            changes: dict[str, Any]
+            if lora is None:
+                changes = {"llm": {**model.llm, "type": Reward.empty}}
+            elif adds_unseen(lora):  # `peft_model` would be replaced, all of it
+                changes = {"llm": {**model.llm, "type": open_model}, "peft_model": None}
+            else:
+                changes = {"llm": {**model.llm, "low_cpu_mem_usage": True}}
+            model = ConfigDict({**model, "lora": lora, **changes})
         return BUILDER.build(model)
 
     def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:

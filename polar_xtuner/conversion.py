@@ -5,7 +5,9 @@
 whole tensors, in the dtype they were trained in. A DeepSpeed folder holds the float32 master
 weights in flat partitions, one file a process: with ZeRO-1 and 2 the partitions laid end to end are
 the parameters laid end to end, so a parameter may lie in several; with ZeRO-3 each parameter is cut
-into as many equal parts as there are processes, the last ones padded.
+into as many equal parts as there are processes, the last ones padded. Of a LoRA run, the base
+model's weights stay in its own files (`open_model`), and peft merges a layer when it is read
+(`merged`).
 
 Files are mapped, and the pages of what has been read are let go: without, the resident memory grows
 to the size of all weights. The optimizer's moments are looked at once, for their checksums.
@@ -15,17 +17,25 @@ from __future__ import annotations
 
 from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks versions)
 
+import copy
 import ctypes
 import mmap
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from polar_xtuner.checkpoint import check_checkpoint, load_safely
+from polar_xtuner.modeling_internlm2 import HEAD, InternLM2Config, InternLM2ForRewardModel
 
 CHUNK = 1 << 24
 """Elements that are copied from a file before its pages are let go."""
@@ -42,21 +52,20 @@ class StoredTensor:
     """A tensor whose values come from elsewhere, mostly a checkpoint's files, when it is read.
 
     Attributes:
-        pieces: what it consists of, end to end; all of one dtype and device.
         shape: of the tensor.
         dtype: of the tensor that `read` gives.
-        mapped: the pieces lie in mapped files, which nobody writes to.
+        source: gives the values in a dtype: on the CPU, contiguous, in any shape.
     """
 
-    pieces: tuple[Tensor, ...]
     shape: torch.Size
     dtype: torch.dtype
-    mapped: bool
+    source: Callable[[torch.dtype], Tensor]
 
     @classmethod
     def of(cls, tensor: Tensor) -> StoredTensor:
         """A tensor in memory."""
-        return cls((tensor.detach(),), tensor.shape, tensor.dtype, mapped=False)
+        values = tensor.detach()
+        return cls(tensor.shape, tensor.dtype, lambda dtype: values.to("cpu", dtype).contiguous())
 
     def to(self, dtype: torch.dtype) -> StoredTensor:
         return replace(self, dtype=dtype)
@@ -67,17 +76,7 @@ class StoredTensor:
 
     def read(self) -> Tensor:
         """(shape): the values on the CPU, contiguous; a copy of what lies in files."""
-        if not self.mapped:
-            (piece,) = self.pieces
-            return piece.to("cpu", self.dtype).contiguous()
-        values = torch.empty(self.shape.numel(), dtype=self.dtype)
-        done = 0
-        for piece in self.pieces:
-            for chunk in piece.reshape(-1).split(CHUNK):
-                values[done : done + chunk.numel()].copy_(chunk)
-                done += chunk.numel()
-                _let_go(chunk)
-        return values.view(self.shape)
+        return self.source(self.dtype).view(self.shape)
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -250,10 +249,138 @@ def _cut(tensors: Sequence[Tensor], start: int, count: int) -> list[Tensor]:
     return pieces
 
 
+# ---- LoRA: the base model's files
+
+BASE_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Where transformers looks for weights, in its order."""
+
+PLAIN_LORA = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_bias"),
+    *("fan_in_fan_out", "task_type", "inference_mode", "auto_mapping", "peft_version"),
+    *("base_model_name_or_path", "revision"),
+}
+"""Fields of a `LoraConfig` under which peft adds adapters without a look at the weights."""
+
+
+def adds_unseen(lora: Any) -> bool:
+    """Whether peft can add the adapters of this configuration to a model without values.
+
+    Others may start from the weights (PiSSA, LoftQ), copy layers of the model, and so on.
+    """
+    if type(lora) is not LoraConfig:
+        return False
+    default = vars(LoraConfig())
+    others = {name for name, value in vars(lora).items() if value != default.get(name)} - PLAIN_LORA
+    return not others or (
+        others == {"init_lora_weights"} and lora.init_lora_weights in (False, "gaussian")
+    )
+
+
+def open_model(pretrained_model_name_or_path: str, **options: Any) -> InternLM2ForRewardModel:
+    """What `from_pretrained` gives, but on the meta device: the values stay in the base's files.
+
+    `stored` of the model has them, by name of the parameter; the reward head's may be missing.
+    Where files or options are out of the ordinary, or the base lacks something, this is
+    `from_pretrained` itself, which says what is lacking.
+
+    Raises:
+        ConversionError: a tensor does not have the shape that `config.json` tells.
+    """
+    path = pretrained_model_name_or_path
+    known = {"trust_remote_code", "low_cpu_mem_usage", *InternLM2Config().to_dict()}
+    if options.keys() <= known and options.get("torch_dtype") != "auto":
+        model = InternLM2ForRewardModel.empty(path, **options)
+        stored = _of_base(path)
+        parameters = dict(model.named_parameters())
+        shapes = {HEAD: parameters[HEAD].shape, **{name: t.shape for name, t in stored.items()}}
+        for name in parameters.keys() & shapes.keys():
+            found, shape = tuple(shapes[name]), tuple(parameters[name].shape)
+            if found != shape:
+                raise ConversionError(f"{path}: {name} has shape {found}, by its config {shape}")
+        if parameters.keys() <= shapes.keys():
+            model.stored = {n: stored[n].to(p.dtype) for n, p in parameters.items() if n in stored}
+            return model
+    return InternLM2ForRewardModel.from_pretrained(path, **{**options, "low_cpu_mem_usage": True})
+
+
+def _of_base(base: str) -> dict[str, StoredTensor]:
+    """The tensors of a Hugging Face folder or hub name, but those of files that are not mapped."""
+    stored: dict[str, StoredTensor] = {}
+    found = (cached_file(base, n, _raise_exceptions_for_missing_entries=False) for n in BASE_FILES)
+    first = next(filter(None, found), "")
+    files = get_checkpoint_shard_files(base, first)[0] if first.endswith(".json") else [first]
+    for file in map(Path, filter(None, files)):
+        if file.suffix == ".safetensors":
+            stored |= _of_safetensors(file)
+        elif zipfile.is_zipfile(file):  # else of a torch before 1.6
+            stored |= {name: _mapped([tensor]) for name, tensor in load_safely(file).items()}
+    return stored
+
+
+def _of_safetensors(file: Path) -> dict[str, StoredTensor]:
+    def read(name: str, dtype: torch.dtype) -> Tensor:
+        with safe_open(file, "pt") as content:  # opened for each: what is closed is not resident
+            return content.get_tensor(name).to(dtype, copy=True)
+
+    stored = {}
+    with safe_open(file, "pt") as content:
+        for name in content.keys():  # noqa: SIM118
+            tensor = content.get_tensor(name)
+            stored[name] = StoredTensor(tensor.shape, tensor.dtype, partial(read, name))
+    return stored
+
+
+def merged(
+    llm: nn.Module, stored: Mapping[nn.Parameter, StoredTensor]
+) -> dict[nn.Parameter, StoredTensor]:
+    """The parameters on the meta device that adapters are added to, as the sums, by peft.
+
+    Args:
+        stored: the values of the parameters on the meta device.
+    """
+    sums = {}
+    for layer in llm.modules():
+        if isinstance(layer, BaseTunerLayer):
+            own = {n: stored.get(p) or StoredTensor.of(p) for n, p in layer.named_parameters()}
+            unmerged = copy.deepcopy(layer)  # for peft will mark the layer as merged
+            for name, parameter in layer.get_base_layer().named_parameters():
+                if parameter.is_meta:
+                    source = partial(_merge, unmerged, own, name)
+                    sums[parameter] = StoredTensor(parameter.shape, parameter.dtype, source)
+    return sums
+
+
+def _merge(layer: Any, stored: Mapping[str, StoredTensor], name: str, dtype: torch.dtype) -> Tensor:
+    layer = copy.deepcopy(layer)
+    layer.load_state_dict({name: tensor.read() for name, tensor in stored.items()}, assign=True)
+    layer.merge()
+    return layer.get_base_layer().get_parameter(name).detach().to(dtype).contiguous()
+
+
+# ---- Mapped files
+
+
 def _mapped(pieces: Sequence[Tensor], shape: torch.Size | None = None) -> StoredTensor:
-    if shape is None:
-        shape = pieces[0].shape
-    return StoredTensor(tuple(pieces), shape, pieces[0].dtype, mapped=True)
+    """What consists of views of files mapped by `load_safely`, end to end."""
+    shape = pieces[0].shape if shape is None else shape
+    return StoredTensor(shape, pieces[0].dtype, partial(_joined, tuple(pieces)))
+
+
+def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    values = torch.empty(sum(piece.numel() for piece in pieces), dtype=dtype)
+    done = 0
+    for piece in pieces:
+        for chunk in piece.detach().reshape(-1).split(CHUNK):
+            values[done : done + chunk.numel()].copy_(chunk)
+            done += chunk.numel()
+            _let_go(chunk)
+    return values
 
 
 def _let_go(values: Tensor) -> None:

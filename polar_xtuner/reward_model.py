@@ -26,7 +26,7 @@ from xtuner.registry import BUILDER
 
 from polar_xtuner.attention import BACKENDS
 from polar_xtuner.collate import PackLayout
-from polar_xtuner.conversion import ConversionError, StoredTensor
+from polar_xtuner.conversion import ConversionError, StoredTensor, merged
 from polar_xtuner.export import export_hf
 from polar_xtuner.losses import BradleyTerryLoss
 from polar_xtuner.metrics import pair_sums
@@ -91,6 +91,8 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
                 "(polar_xtuner.modeling_internlm2.InternLM2ForRewardModel.from_pretrained), "
                 f"got {type(llm).__name__}"
             )
+        base = getattr(llm, "stored", {})  # of `conversion.open_model`
+        self._stored = {p: base[name] for name, p in llm.named_parameters() if name in base}
         self.llm: Any = llm.model
         self.v_head = llm.v_head
         self.config = llm.config
@@ -107,7 +109,7 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
             self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
         self.pack_loss: Tensor | None = None
         """Loss of this rank's last pack."""
-        self._taken: dict[str, StoredTensor] = {}
+        self._taken: set[str] = set()
         self._built = {name: weakref.ref(p) for name, p in self.named_parameters()}
 
     @property
@@ -193,9 +195,11 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
                 f"{tuple(parameter.shape)} in the model that the config builds: "
                 "pretrained_model_name_or_path must be the one that the run started from"
             )
-        if not parameter.is_meta:
+        if parameter.is_meta:
+            self._stored[parameter] = stored.to(parameter.dtype)
+        else:
             parameter.data.copy_(stored.read())
-        self._taken[name] = stored.to(parameter.dtype)
+        self._taken.add(name)
 
     def to_hf(
         self, cfg: Any, save_dir: str, fp32: bool = False, **options: Any
@@ -209,7 +213,7 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
         Raises:
             ConversionError: the checkpoint lacked tensors; names them.
         """
-        trained = set(self.state_dict()) - self._taken.keys()
+        trained = set(self.state_dict()) - self._taken
         kept = [n for n, p in self.named_parameters() if n in trained and self._built[n]() is p]
         if kept:
             raise ConversionError(
@@ -218,9 +222,9 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
                 "the export would have kept the base model's values for them"
             )
         if hasattr(self.llm, "peft_config"):
+            self._stored |= merged(self.llm, self._stored)
             self.llm = self.llm.merge_and_unload()
-        stored = {n: self._taken[n] for n, p in self.named_parameters() if p.is_meta}
-        tensors = {**dict(self.named_parameters()), **stored}
+        tensors = {name: self._stored.get(p, p) for name, p in self.named_parameters()}
         shard_size = options.get("save_pretrained_kwargs", {}).get("max_shard_size", "2GB")
         export_hf(
             # `llm` is the decoder, which POLAR's checkpoints call `model`.

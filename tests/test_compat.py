@@ -316,7 +316,7 @@ def test_the_converter_is_given_our_loading(converter, tmp_path):
 
 @pytest.mark.parametrize("style", ["name", "class"])
 @pytest.mark.parametrize("dtype", ["torch.bfloat16", "bfloat16", "auto", None])
-def test_the_converter_builds_empty_models_but_for_lora(converter, demo, tmp_path, dtype, style):
+def test_the_converter_builds_models_without_values(converter, demo, tmp_path, dtype, style):
     from polar_xtuner.modeling_internlm2 import InternLM2ForRewardModel as Reward
     from polar_xtuner.reward_model import PolarRewardModel
 
@@ -337,11 +337,28 @@ def test_the_converter_builds_empty_models_but_for_lora(converter, demo, tmp_pat
     assert {n: (p.shape, p.dtype) for n, p in empty.named_parameters()} == shapes
     assert empty.config.max_position_embeddings == plain.config.max_position_embeddings == 99
     lora = {"type": "peft.LoraConfig", "r": 2, "lora_alpha": 2, "target_modules": None}
-    with_base = converter.BUILDER.build(Config({**model, "lora": lora})._cfg_dict)
-    weights = {n.replace(".base_layer", ""): p for n, p in with_base.named_parameters()}
-    for name, parameter in plain.named_parameters():
-        name = name.replace("llm.", "llm.base_model.model.", 1)
-        assert torch.equal(weights[name].to(parameter.dtype), parameter), name
+    for options in ({}, {"init_lora_weights": "pissa_niter_2"}):
+        adapted = Config({**model, "lora": {**lora, **options}, "peft_model": None})._cfg_dict
+        with_base = converter.BUILDER.build(adapted)
+        weights = {n.replace(".base_layer", ""): p for n, p in with_base.named_parameters()}
+        for name, parameter in plain.named_parameters():
+            name = name.replace("llm.", "llm.base_model.model.", 1)
+            value = weights[name]
+            assert value.is_meta == (dtype != "auto" and not options)
+            if value.is_meta:
+                value = with_base._stored[value].read()
+            if not options or ".w" not in name:  # PiSSA moves a part of them to the adapters
+                assert torch.equal(value.to(parameter.dtype), parameter), name
+
+
+def test_adapters_to_start_from_are_not_read_to_convert_others(converter, small):
+    llm = {
+        "type": "polar_xtuner.modeling_internlm2.InternLM2ForRewardModel.from_pretrained",
+        "pretrained_model_name_or_path": str(small / "base"),
+    }
+    lora = {"type": "peft.LoraConfig", "target_modules": None}
+    model = {"type": "PolarRewardModel", "llm": llm, "lora": lora, "peft_model": "gone.pth"}
+    assert converter.BUILDER.build(Config(model)._cfg_dict).v_head.weight.is_meta
 
 
 def test_other_scripts_are_left_alone(monkeypatch):

@@ -1,5 +1,6 @@
 """Checkpoints of every kind give the same tensors; those that cannot, and why."""
 
+import copy
 import importlib.util
 import json
 import pickle
@@ -14,19 +15,27 @@ import pytest
 import torch
 from commands import run
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from huggingface_hub import constants, split_torch_state_dict_into_shards
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from mmengine.config import Config
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from polar_xtuner.checkpoint import CheckpointError
 from polar_xtuner.conversion import (
     ConversionError,
     StoredTensor,
     _let_go,
+    _of_base,
+    adds_unseen,
     load_weights,
     open_checkpoint,
+    open_model,
 )
+from polar_xtuner.modeling_internlm2 import HEAD, InternLM2ForRewardModel
+from polar_xtuner.reward_model import PolarRewardModel
 
 torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
 
@@ -99,13 +108,18 @@ def refused(config, checkpoint, out, *options):
     return last
 
 
+def pieces_of(stored):
+    (pieces,) = stored.source.args
+    return pieces
+
+
 # ---- The same tensors
 
 
 @pytest.mark.parametrize("kind", [*FULL, *LORA])
 def test_a_deepspeed_folder_gives_the_float32_weights_bit_for_bit(checkpoints, kind):
     stored = open_checkpoint(checkpoints / kind)
-    assert any(len(tensor.pieces) > 1 for tensor in stored.values()), "none spans partitions"
+    assert any(len(pieces_of(tensor)) > 1 for tensor in stored.values()), "none spans partitions"
     truth = torch.load(checkpoints / f"{kind}.pth")["state_dict"]
     weights = load_weights(checkpoints / kind)
     assert truth.keys() <= weights.keys()
@@ -179,18 +193,21 @@ def test_pages_that_are_let_go_come_back_from_the_file(tmp_path):
     (stored,) = open_checkpoint(tmp_path / "a.pth").values()
     for _ in range(3):
         assert torch.equal(stored.read(), tensor)
-        _let_go(stored.pieces[0])
+        _let_go(pieces_of(stored)[0])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells resident pages")
-def test_reading_a_checkpoint_leaves_none_of_it_in_memory(tmp_path):
-    torch.save({str(n): torch.ones(1 << 22) for n in range(16)}, tmp_path / "a.pth")
+@pytest.mark.parametrize("name", ["a.pth", "pytorch_model.bin", "model.safetensors"])
+def test_reading_leaves_none_of_a_checkpoint_or_base_in_memory(tmp_path, name):
+    write = save_file if name == "model.safetensors" else torch.save
+    write({str(n): torch.ones(1 << 22) for n in range(16)}, tmp_path / name)
 
     def resident():
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").open())
         return int(fields["RssFile"].split()[0]) / 1024
 
-    stored = open_checkpoint(tmp_path / "a.pth")
+    stored = open_checkpoint(tmp_path / name) if name == "a.pth" else _of_base(str(tmp_path))
+    assert len(stored) == 16
     before = resident()
     for tensor in stored.values():
         tensor.read()
@@ -227,6 +244,199 @@ def test_a_folder_converts_to_the_model_of_the_file(checkpoints, config, tmp_pat
     trained = torch.load(checkpoints / "zero2.pth")["state_dict"]
     for name, tensor in of_kind["zero2"].items():
         assert torch.equal(tensor, trained[name.replace("model.", "llm.", 1)]), name
+
+
+# ---- LoRA: the values of the base stay in its files
+
+FORMS = ("bin", "safetensors", "sharded bin", "sharded safetensors")
+
+
+@pytest.fixture(scope="module")
+def of_base(config):
+    """A base's weights, with biases, and no two of the same values."""
+    torch.manual_seed(5)
+    base = config.parent / "base"
+    fields = json.loads((base / "config.json").read_text()) | {"bias": True}
+    config_class = InternLM2ForRewardModel.config_class
+    state = InternLM2ForRewardModel(config_class(**fields)).state_dict()
+    return {name: torch.randn(tensor.shape) for name, tensor in state.items()}
+
+
+def write_base(folder, config, weights, form="bin"):
+    """The base model of `config` with other weights, as files of that form."""
+    shutil.copytree(config.parent / "base", folder, ignore=shutil.ignore_patterns("*.bin"))
+    fields = json.loads((folder / "config.json").read_text()) | {"bias": True}
+    (folder / "config.json").write_text(json.dumps(fields))
+    is_bin, is_sharded = "bin" in form, "sharded" in form
+    name = "pytorch_model{suffix}.bin" if is_bin else "model{suffix}.safetensors"
+    size = "40KB" if is_sharded else "1GB"
+    plan = split_torch_state_dict_into_shards(weights, filename_pattern=name, max_shard_size=size)
+    assert plan.is_sharded == is_sharded
+    for file, names in plan.filename_to_tensors.items():
+        shard = {n: weights[n] for n in names}
+        if is_bin:
+            torch.save(shard, folder / file)
+        else:
+            save_file(shard, folder / file, metadata={"format": "pt"})
+    if is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / f"{name.format(suffix='')}.index.json").write_text(json.dumps(index))
+    return str(folder)
+
+
+def on_meta(model):
+    (is_meta,) = {parameter.is_meta for parameter in model.parameters()}
+    return is_meta
+
+
+def assert_merges_as_peft_does(base, out, dtype, **lora):
+    """By the files of the export, bit for bit: our sums and those of a model that peft filled."""
+    lora = LoraConfig(**{"r": 3, "lora_alpha": 8, "target_modules": None, **lora})
+    assert adds_unseen(lora)
+    loaded = InternLM2ForRewardModel.from_pretrained(base, torch_dtype=dtype)
+    model = PolarRewardModel(loaded, lora=copy.deepcopy(lora))
+    torch.manual_seed(6)
+    state = {name: torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, strict=False)
+    model.llm = model.llm.merge_and_unload()
+    truth = {n.replace("llm.", "model.", 1): t for n, t in model.named_parameters()}
+
+    stored = PolarRewardModel(open_model(base, torch_dtype=dtype), lora=copy.deepcopy(lora))
+    for name, tensor in state.items():
+        stored.take(name, StoredTensor.of(tensor))
+    assert all(p.is_meta for name, p in stored.named_parameters() if name not in state)
+    cfg = Config({"model": {"llm": {"pretrained_model_name_or_path": base}}})
+    stored.to_hf(cfg, out)
+    written = load_file(out / "model.safetensors")
+    assert written.keys() == truth.keys()
+    for name, tensor in truth.items():
+        assert written[name].dtype == tensor.dtype, name
+        assert torch.equal(written[name], tensor), name
+    return written
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [*((form, torch.float32) for form in FORMS), ("bin", torch.bfloat16), ("bin", torch.float16)],
+    ids=str,
+)
+def test_adapters_are_merged_as_peft_does_in_a_loaded_model(config, of_base, tmp_path, form, dtype):
+    weights = {name: tensor.half() for name, tensor in of_base.items()}
+    base = write_base(tmp_path / "base", config, weights, form)
+    written = assert_merges_as_peft_does(base, tmp_path / "hf", dtype)
+    changed = {n for n, t in written.items() if not torch.equal(t, weights[n].to(t.dtype))}
+    assert changed == {n for n in weights if ".layers." in n and weights[n].dim() == 2} | {HEAD}
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"wo": 5}, "alpha_pattern": {"w1": 2}},
+        {"target_modules": ["wqkv", "w2"], "exclude_modules": ["layers.0.attention.wqkv"]},
+        {"target_modules": ["tok_embeddings", "wo"]},
+        {"target_modules": ["wqkv", "wo"], "lora_bias": True},
+        {"bias": "all"},
+        {"init_lora_weights": "gaussian", "lora_dropout": 0.5},
+    ],
+    ids=str,
+)
+def test_every_plain_configuration_is_merged_as_peft_does(config, of_base, tmp_path, lora):
+    base = write_base(tmp_path / "base", config, of_base)
+    assert_merges_as_peft_does(base, tmp_path / "hf", torch.bfloat16, **lora)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        *({"init_lora_weights": init} for init in ("pissa", "olora", "corda", "orthogonal")),
+        *({"use_dora": True}, {"modules_to_save": ["norm"]}, {"layer_replication": [(0, 2)]}),
+        *({"trainable_token_indices": [1]}, {"target_parameters": ["w"]}),
+    ],
+    ids=str,
+)
+def test_what_starts_from_the_weights_or_changes_the_model_is_not_plain(lora):
+    assert not adds_unseen(LoraConfig(**lora))
+
+
+def test_what_is_no_lora_is_not_plain():
+    assert not adds_unseen(None)
+    assert not adds_unseen(type("Other", (LoraConfig,), {})())
+
+
+def test_the_values_stay_in_the_files_of_the_base(config, of_base, tmp_path):
+    base = write_base(tmp_path / "base", config, of_base)
+    model = open_model(base, torch_dtype=torch.bfloat16, trust_remote_code=True, rope_theta=2.0)
+    assert on_meta(model)
+    assert model.config.rope_theta == 2
+    assert model.stored.keys() == of_base.keys()
+    for name, tensor in of_base.items():
+        assert torch.equal(model.stored[name].read(), tensor.bfloat16()), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_base_that_lacks_a_tensor_is_refused_by_name(config, of_base, tmp_path, form):
+    name = "model.norm.weight" if "bin" in form else "model.layers.1.attention.wqkv.bias"
+    weights = {n: t for n, t in of_base.items() if n != name}
+    base = write_base(tmp_path / "base", config, weights, form)
+    with pytest.raises(ValueError, match=f"{base} lacks 1 tensors of .*: {name}$"):
+        open_model(base, torch_dtype=torch.float32)
+
+
+def test_a_base_may_lack_the_reward_head(config, of_base, tmp_path):
+    weights = {n: t for n, t in of_base.items() if n != HEAD}
+    base = write_base(tmp_path / "base", config, weights)
+    model = open_model(base)
+    assert on_meta(model)
+    assert of_base.keys() - model.stored.keys() == {HEAD}
+    written = assert_merges_as_peft_does(base, tmp_path / "hf", torch.float32)
+    assert written.keys() == of_base.keys()
+
+
+def test_what_is_out_of_the_ordinary_is_loaded_as_in_training(config, of_base, tmp_path):
+    base = write_base(tmp_path / "base", config, of_base)
+    old = write_base(tmp_path / "old", config, {})
+    torch.save(of_base, Path(old, "pytorch_model.bin"), _use_new_zipfile_serialization=False)
+    decoder = {n.removeprefix("model."): t for n, t in of_base.items() if n != HEAD}
+    decoder_only = write_base(tmp_path / "decoder", config, decoder)
+    for path, options in ((base, {"torch_dtype": "auto"}), (base, {"revision": "main"}), (old, {})):
+        model = open_model(path, **options)
+        assert not on_meta(model)
+        assert all(torch.equal(t, of_base[n]) for n, t in model.state_dict().items())
+    decoder = open_model(decoder_only).model
+    assert all(torch.equal(t, of_base[f"model.{n}"]) for n, t in decoder.state_dict().items())
+
+
+def test_a_base_of_another_shape_than_its_config_is_refused_by_name(config, of_base, tmp_path):
+    other = {**of_base, "model.norm.weight": torch.ones(41)}
+    base = write_base(tmp_path / "base", config, other)
+    with pytest.raises(
+        ConversionError, match=r"norm\.weight has shape \(41,\), by its config \(40,"
+    ):
+        open_model(base)
+
+
+def test_a_damaged_or_hostile_base_is_refused(config, of_base, tmp_path):
+    base = write_base(tmp_path / "base", config, of_base)
+    torch.save({**of_base, "hook": Payload(tmp_path / "ran")}, Path(base, "pytorch_model.bin"))
+    with pytest.raises(CheckpointError, match=f"{base}/pytorch_model.bin is refused"):
+        open_model(base)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_base_of_the_hub_is_read_where_it_was_downloaded_to(
+    config, of_base, tmp_path, monkeypatch
+):
+    folder = tmp_path / "models--polar--base"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    write_base(folder / "snapshots" / ("0" * 40), config, of_base, "sharded safetensors")
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub._is_offline_mode", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    stored = _of_base("polar/base")
+    assert stored.keys() == of_base.keys()
+    assert all(torch.equal(stored[name].read(), tensor) for name, tensor in of_base.items())
 
 
 # ---- What is refused
