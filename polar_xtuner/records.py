@@ -47,6 +47,7 @@ __all__ = [
     "find_files",
     "map_rows",
     "parse_row",
+    "read_lines",
     "read_rows",
     "text_of",
 ]
@@ -322,7 +323,8 @@ def _format(path: Path) -> str:
 # A reader yields (line, raw row), or (line, BadRow) where no raw row can be had.
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Streams (line, raw row) of a file of JSON lines; (line, `BadRow`) where no row can be had."""
     line = 0
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
@@ -355,7 +357,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as stream:
         starts = (line.removeprefix(_BOM).lstrip(_SPACE)[:1] for line in stream)
         is_array = next(filter(None, starts), b"") == b"["
-    return _read_array(path) if is_array else _read_lines(path)
+    return _read_array(path) if is_array else read_lines(path)
 
 
 def _read_array(path: Path) -> Iterator[tuple[int, Any]]:
@@ -419,8 +421,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 _READERS = {
-    ".jsonl": _read_lines,
-    ".jsonl.gz": _read_lines,
+    ".jsonl": read_lines,
+    ".jsonl.gz": read_lines,
     ".json": _read_json,
     ".parquet": _read_parquet,
 }

@@ -38,17 +38,19 @@ def main() -> None:
             verify=False,
             limits=Limits(max_retries=2),  # who checks wants to know soon that it is not there
         ) as client:
+            servers = {url: str(facts) for url, facts in client.servers().items()}
             found = client.verify(args.dtype)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"check_server.py: {error}")
     if args.json:
-        figures = dataclasses.asdict(found)
+        figures = {"servers": servers, **dataclasses.asdict(found)}
         if not math.isfinite(found.max_difference):  # JSON has no infinity
             figures["max_difference"] = None
         print(json.dumps(figures))
     else:
+        shown = ", ".join(f"{url} ({facts})" for url, facts in servers.items())
         print(
-            f"{args.address} ({args.server_type}) is {'' if found.ok else 'NOT '}{args.model}: "
+            f"{shown} is {'' if found.ok else 'NOT '}{args.model}: "
             f"{found.n} golden rewards are off by up to {found.max_difference:.2g}, allowed in "
             f"{found.dtype} is {found.tolerance:.2g}"
         )

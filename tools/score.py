@@ -44,9 +44,9 @@ def open_scorer(args: argparse.Namespace) -> contextlib.AbstractContextManager[A
 
 
 def read_stdin() -> Iterator[Row | BadRow]:
-    from polar_xtuner.records import _read_lines
+    from polar_xtuner.records import read_lines
 
-    for line, raw in _read_lines(Path("/dev/stdin")):
+    for line, raw in read_lines(Path("/dev/stdin")):
         yield raw if isinstance(raw, BadRow) else parse_row(raw, "/dev/stdin", line, scoring=True)
 
 
