@@ -181,13 +181,3 @@ def pack_of(layouts: Iterable[tuple[list[int], list[int]]]) -> dict[str, Any]:
         Group(np.array(tokens), np.array(pieces), np.empty(0, PAIR)) for tokens, pieces in layouts
     ]
     return collate_pack([{"groups": groups, "pair_weight": 0.0, "rows": []}])["data"]
-
-
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927); (0, 1) for n = 0."""
-    if not n:
-        return 0.0, 1.0
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)

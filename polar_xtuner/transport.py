@@ -54,6 +54,9 @@ LONGEST_REST = 30.0
 LINGER = 0.003
 """Seconds that a request which has room waits for sequences asked for at the same time."""
 
+KEEP_ALIVE = 4.0
+"""Seconds that an idle connection is kept: less than servers do (uvicorn: 5)."""
+
 TRIES_WHOLE = 2
 """Failures after which a request of several sequences is cut in two."""
 
@@ -216,7 +219,7 @@ class Servers:
                     headers={"Content-Type": "application/json", **headers},
                     timeout=timeout,
                     trust_env=not (bypass_proxy and _is_private(url)),
-                    connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+                    connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
                 ),
             )
             for url in urls

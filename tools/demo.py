@@ -24,7 +24,8 @@ from transformers import AutoModel
 from xtuner.registry import BUILDER
 
 from polar_xtuner.records import Row, read_rows
-from polar_xtuner.scoring import PolarScorer, wilson_interval
+from polar_xtuner.scored_lines import wilson_interval
+from polar_xtuner.scoring import PolarScorer
 from polar_xtuner.template import Candidate
 
 ROOT = Path(__file__).resolve().parents[1]
