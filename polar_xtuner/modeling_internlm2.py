@@ -76,6 +76,11 @@ class InternLM2Config(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         kwargs.pop("attn_implementation", None)  # ours is chosen by `choose_backend`
+        rope = kwargs.pop("rope_parameters", None)  # transformers 5 writes both as one
+        if rope is not None:
+            rope_theta = rope.get("rope_theta", rope_theta)
+            kind = rope.get("rope_type", "default")
+            rope_scaling = None if kind == "default" else {**rope, "type": kind}
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

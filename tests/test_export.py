@@ -20,6 +20,7 @@ from polar_xtuner import export
 from polar_xtuner.cache import PAIR, Group, lay_out
 from polar_xtuner.collate import collate_pack
 from polar_xtuner.conversion import ConversionError
+from polar_xtuner.golden import read_golden, verify
 from polar_xtuner.modeling_internlm2 import InternLM2ForRewardModel
 from polar_xtuner.reward_model import PolarRewardModel  # registers its name
 from polar_xtuner.template import Candidate, PolarTemplate
@@ -164,8 +165,9 @@ def test_everything_of_the_base_but_its_weights_comes_along(base, tmp_path):
     of_base = {file.name for file in base.iterdir()}
     assert {"configuration_internlm2.py", "modeling_internlm2.py", "tokenizer.json"} <= of_base
     here = {file.name for file in tmp_path.iterdir()}
-    assert here == of_base - {"pytorch_model.bin"} | {"model.safetensors"}
-    for name in here - {"model.safetensors", "config.json"}:
+    made = {"model.safetensors", "polar_golden.json"}
+    assert here == of_base - {"pytorch_model.bin"} | made
+    for name in here - made - {"config.json"}:
         assert (tmp_path / name).read_bytes() == (base / name).read_bytes(), name
     fields, fields_of_base = (
         json.loads((folder / "config.json").read_text()) for folder in (tmp_path, base)
@@ -226,12 +228,18 @@ def test_automodel_loads_the_export_and_gives_the_same_scores(
 
     published = AutoModel.from_pretrained(folder, trust_remote_code=True)
     assert type(published).__module__.startswith("transformers_modules.")
-    with torch.no_grad():
-        scores = [
+
+    @torch.no_grad()
+    def scores(sequences):
+        return [
             published(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits.item()
             for ids in sequences
         ]
-    torch.testing.assert_close(torch.tensor(scores), truth, rtol=1e-5, atol=1e-5)
+
+    torch.testing.assert_close(torch.tensor(scores(sequences)), truth, rtol=1e-5, atol=1e-5)
+    golden = read_golden(folder)
+    ids = [row.ids for row in golden.rows]
+    assert verify(golden, ids, scores(ids), "float32").ok
 
     ours = PolarRewardModel(InternLM2ForRewardModel.from_pretrained(folder))
     torch.testing.assert_close(rewards(ours, sequences), truth, rtol=1e-5, atol=1e-5)
@@ -301,9 +309,8 @@ def test_a_killed_export_leaves_no_model_and_the_next_one_clears_up(base, tmp_pa
     assert is_no_model(folder)
     convert(cfg, state, folder)
     names = {file.name for file in folder.iterdir()}
-    assert names == {file.name for file in base.iterdir()} - {"pytorch_model.bin"} | {
-        "model.safetensors"
-    }
+    made = {"model.safetensors", "polar_golden.json"}
+    assert names == {file.name for file in base.iterdir()} - {"pytorch_model.bin"} | made
     loaded = InternLM2ForRewardModel.from_pretrained(folder)
     assert torch.equal(loaded.v_head.weight, state["v_head.weight"])
 
