@@ -337,13 +337,13 @@ def test_lora_trains_adapters_and_head_and_converts_to_a_merged_model(
     assert torch.equal(exported["v_head.weight"], trained["v_head.weight"])
 
 
-@pytest.mark.parametrize("what", ["no row to score", "rewards are not finite"])
+@pytest.mark.parametrize("what", ["no row to score", "reward is not finite"])
 def test_score_ends_with_a_reason_where_it_has_no_number(
     what: str, tiny: Path, tmp_path: Path
 ) -> None:
     base, file = tiny / "base", tmp_path / "rows.jsonl"
     file.touch()
-    if what == "rewards are not finite":
+    if what == "reward is not finite":
         base = tmp_path / "base"
         shutil.copytree(tiny / "base", base)
         state = torch.load(base / "pytorch_model.bin")
