@@ -55,5 +55,5 @@ venv: .venv/installed
 	$(ENGINE_BIN)/python -m pip install --quiet --no-compile $(VLLM)
 	# These come with vLLM for models that take images and sound, and fail to load beside CPU builds.
 	$(ENGINE_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(ENGINE_BIN)/python -m pip install --quiet --no-compile trl pytest hypothesis -e .
+	$(ENGINE_BIN)/python -m pip install --quiet --no-compile trl==1.16.0 pytest hypothesis -e .
 	touch $@

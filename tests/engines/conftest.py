@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -90,7 +91,9 @@ def server(
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(LONGEST)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
     command += FLAGS[request.param]
+    sockets = tempfile.TemporaryDirectory()  # a path of one must be short
     settings = {
+        "TMPDIR": sockets.name,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -112,6 +115,7 @@ def server(
     finally:
         stop(process)
         request.config.stash[LOGS].remove(log)
+        sockets.cleanup()
 
 
 def wait_until_healthy(process: subprocess.Popen[bytes], url: str) -> None:
