@@ -18,17 +18,27 @@ import os
 import sys
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
+from urllib.parse import urlsplit
 from weakref import WeakSet
 
 from tqdm import tqdm
 
-from polar_xtuner.golden import GOLDEN, Golden, Verification, read_golden, rows_to_score, verify
+from polar_xtuner.connection import Asker, Limits, Settings
+from polar_xtuner.golden import (
+    DTYPES,
+    GOLDEN,
+    Golden,
+    Verification,
+    read_golden,
+    rows_to_score,
+    verify,
+)
 from polar_xtuner.protocols import (
     ENGINES,
     ServerError,
@@ -48,9 +58,10 @@ from polar_xtuner.rewards import (
 )
 from polar_xtuner.template import Candidate, PolarTemplate, check_vocabulary
 from polar_xtuner.tokenizer import load_tokenizer, local_folder
-from polar_xtuner.transport import Asker, Limits, Loop, Memo, Servers
+from polar_xtuner.transport import Loop, Memo, Servers
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CHUNK = 256
 """Items that are made ids of, and handed on, together."""
@@ -119,7 +130,7 @@ class RewardModelClient:
         normalize: give `Calibration.apply` of rewards, in (0, 1), in place of rewards.
         progress: show a progress bar; None for long lists on a terminal.
         bypass_proxy: ignore the environment's proxies for loopback and private addresses.
-        limits: of requests, time-outs and retries; see `transport.Limits`.
+        limits: of requests, time-outs and retries; see `connection.Limits`.
 
     Raises:
         ValueError: a setting is wrong, or the folder lacks what is needed.
@@ -154,15 +165,12 @@ class RewardModelClient:
                 f"server_type must be one of {', '.join(ENGINES)}, got {server_type!r}"
             )
         check_on_error(on_error)
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.path = path
         self.server_type = server_type
         self.urls = _urls(server_address)
         self.on_error = on_error
-        self._options: dict[str, Any] = {
-            "model": model,
-            "api_key": api_key,
-            "bypass_proxy": bypass_proxy,
-        }
         self._verify = verify
         self._progress = progress
         self._limits = limits or Limits()
@@ -178,8 +186,19 @@ class RewardModelClient:
         self._vocabulary = int(config.get("vocab_size", self._tokenizer.get_vocab_size()))
         check_vocabulary(self.template.special_ids, self._vocabulary)
         self._golden: Golden | None = read_golden(folder)
-        self._dtype = dtype or str(config.get("torch_dtype") or config.get("dtype") or "float16")
+        written = config.get("torch_dtype") or config.get("dtype")
+        self._dtype = dtype or (written if written in DTYPES else "float16")
         self._calibration = read_calibration(folder) if normalize else None
+        probes = self.template.encode(
+            [one for one in map(candidate_of, rows_to_score()) if isinstance(one, Candidate)]
+        )
+        self._probes = sorted(probes, key=len)[:PROBES]
+        self._options: dict[str, Any] = {
+            "well_known": self._probes[0],
+            "model": model,
+            "api_key": api_key,
+            "bypass_proxy": bypass_proxy,
+        }
         self._unverified: set[ServerFacts] = set()
         self._loop = Loop()
         self._servers: dict[tuple[str, Limits, int], Servers] = {}
@@ -215,11 +234,15 @@ class RewardModelClient:
         """As `client(data)`, without blocking the caller's event loop."""
         items = as_items(data)
         memo: Memo = OrderedDict()
-        answers = []
-        for start in range(0, len(items), CHUNK):
-            ready = await asyncio.to_thread(self._prepare, items[start : start + CHUNK])
-            answers.append(asyncio.wrap_future(self._answers(ready, memo, len(items))))
-        scored = [one for chunk in await asyncio.gather(*answers) for one in chunk]
+        answers: list[asyncio.Future[list[Scored]]] = []
+        try:
+            for start in range(0, len(items), CHUNK):
+                ready = await asyncio.to_thread(self._prepare, items[start : start + CHUNK])
+                answers.append(asyncio.wrap_future(self._answers(ready, memo, len(items))))
+            scored = [one for chunk in await asyncio.gather(*answers) for one in chunk]
+        finally:
+            for chunk_answers in answers:
+                chunk_answers.cancel()
         return gather(map(self._finish, scored), self.on_error)
 
     def verify(self, dtype: str | None = None) -> Verification:
@@ -238,13 +261,12 @@ class RewardModelClient:
                 "`xtuner convert pth_to_hf` writes them"
             )
 
-        async def inspect() -> dict[str, Verification]:
-            def check(facts: ServerFacts, ask: Asker) -> Awaitable[Verification]:
-                return self._verification(facts, ask, dtype or self._dtype)
+        golden = self._golden
 
-            return await self._connected(self.server_type, self._limits).inspect(check)
+        def find(facts: ServerFacts, ask: Asker) -> Awaitable[Verification]:
+            return self._verification(golden, facts, ask, dtype or self._dtype)
 
-        found = self._loop.run(inspect()).result()
+        found = self._look(find)
         problems = [f"{url}: {p}" for url, result in found.items() for p in result.problems]
         worst = max(found.values(), key=lambda result: (not result.ok, result.max_difference))
         return replace(worst, problems=problems)
@@ -259,17 +281,25 @@ class RewardModelClient:
         async def facts_of(facts: ServerFacts, ask: Asker) -> ServerFacts:
             return facts
 
-        async def inspect() -> dict[str, ServerFacts]:
-            return await self._connected(self.server_type, self._limits).inspect(facts_of)
+        return self._look(facts_of)
 
-        return self._loop.run(inspect()).result()
+    def _look(self, find: Callable[[ServerFacts, Asker], Awaitable[T]]) -> dict[str, T]:
+        async def look() -> dict[str, T]:
+            return await self._connected(self.server_type, self._limits).look(find)
+
+        return self._loop.run(look()).result()
 
     def close(self) -> None:
-        """Let connections go; the client may be used again."""
+        """Let connections go; calls under way get a ServerError. It may be used again."""
 
         async def close() -> None:
-            while self._servers:
-                await self._servers.popitem()[1].close()
+            for key in [*self._servers]:
+                servers = self._servers.pop(key)
+                if key[-1] == os.getpid():  # those of the process that this was forked from: no
+                    await servers.close()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            if tasks:
+                await asyncio.wait(tasks, timeout=1)
 
         if self._loop.is_running:
             self._loop.run(close()).result()
@@ -295,11 +325,12 @@ class RewardModelClient:
         Raises:
             RewardError: an item is not sound.
         """
-        ready = self._prepare(as_items(data))
+        items = as_items(data)
+        ready = self._prepare(items)
         gather((one if isinstance(one, Scored) else Scored(0.0) for one in ready), "raise")
         encoded = [
             Encoded(self._text(item, ids.tolist()), ids.tolist())
-            for item, ids in zip(as_items(data), ready)
+            for item, ids in zip(items, ready, strict=True)
             if not isinstance(ids, Scored)
         ]
         return encoded[0] if isinstance(data, Mapping) else encoded
@@ -343,7 +374,7 @@ class RewardModelClient:
             raise TypeError("takes what `encode` returned: a text alone does not say its ids")
         changed: dict[str, Any] = {"retry_delay": retry_delay, "max_retries": max_retries}
         limits = replace(self._limits, **{k: v for k, v in changed.items() if v is not None})
-        ready: list[Ready] = [array("I", one.ids) for one in several]
+        ready = [self._checked(one.ids) for one in several]
         answers = self._answers(ready, OrderedDict(), len(ready), engine, limits)
         return gather(map(self._finish, answers.result()), self.on_error)
 
@@ -399,17 +430,19 @@ class RewardModelClient:
         return [one if isinstance(one, Scored) else self._checked(next(encoded)) for one in found]
 
     def _checked(self, ids: list[int]) -> Ready:
-        """Servers die of ids outside the vocabulary."""
+        """Servers die of ids outside the vocabulary, and score whatever else is sent."""
         template = self.template
-        framed = ids[0] == template.bos_token_id and ids[-1] == template.reward_token_id
-        if framed and max(ids) < self._vocabulary:
-            return array("I", ids)
-        outside = sorted({token_id for token_id in ids if token_id >= self._vocabulary})
-        return Scored(
-            None,
-            f"has ids outside the model's vocabulary of {self._vocabulary}: {outside[:5]}; the "
-            "tokenizer has tokens that the model lacks",
-        )
+        outside = sorted({i for i in ids if not 0 <= i < self._vocabulary})
+        if outside:
+            return Scored(
+                None,
+                f"has ids outside the model's vocabulary of {self._vocabulary}: {outside[:5]}; the "
+                "tokenizer has tokens that the model lacks",
+            )
+        ends = (template.bos_token_id, template.reward_token_id)
+        if len(ids) < 2 or (ids[0], ids[-1]) != ends:
+            return Scored(None, f"its ids must begin and end with {ends}: BOS and the reward token")
+        return array("I", ids)
 
     def _answers(
         self,
@@ -439,25 +472,24 @@ class RewardModelClient:
         key = (engine, limits, os.getpid())
         if key not in self._servers:
             _OPEN.add(self)
-            self._servers[key] = Servers(
-                self.urls, ENGINES[engine], limits, self._check, **self._options
-            )
+            settings = Settings(ENGINES[engine], self._check, **self._options)
+            self._servers[key] = Servers(self.urls, settings, limits)
         return self._servers[key]
 
-    async def _check(self, facts: ServerFacts, ask: Asker) -> None:
+    async def _check(self, facts: ServerFacts, ask: Asker, again: bool) -> None:
         if self._verify and self._golden is not None:
-            verification = await self._verification(facts, ask, self._dtype)
-            if verification.ok:
-                return
-            problems = "\n  ".join(verification.problems)
-            raise ServerError(
-                f"{facts} does not give the golden scores of {self.path}:\n  {problems}\n"
-                "verify=False asks it all the same."
-            )
-        ready = self._prepare(rows_to_score())
-        sequences = sorted((ids for ids in ready if not isinstance(ids, Scored)), key=len)
-        values, problems_found = await self._values(facts, ask, sequences[:PROBES])
-        if is_activated(values):
+            rows = self._golden.rows[:PROBES] if again else self._golden.rows
+            golden = replace(self._golden, rows=rows)
+            verification = await self._verification(golden, facts, ask, self._dtype)
+            if not verification.ok:
+                problems = "\n  ".join(verification.problems)
+                raise ServerError(
+                    f"{facts} does not give the golden scores of {self.path}:\n  {problems}\n"
+                    "verify=False asks it all the same."
+                )
+            return
+        values, problems_found = await self._values(facts, ask, self._probes)
+        if _are_activated(facts, values):
             problems_found.append(_activated(facts))
         if problems_found:
             raise ServerError(f"{facts} cannot be used. {' '.join(problems_found)}")
@@ -470,18 +502,18 @@ class RewardModelClient:
                 "it is not verified" if self._golden else f"the checkpoint has no {GOLDEN}",
             )
 
-    async def _verification(self, facts: ServerFacts, ask: Asker, dtype: str) -> Verification:
-        golden = self._golden
-        assert golden is not None
+    async def _verification(
+        self, golden: Golden, facts: ServerFacts, ask: Asker, dtype: str
+    ) -> Verification:
         candidates = [Candidate(r.prompt, r.reference, r.output, r.wrapper) for r in golden.rows]
         encoded = PolarTemplate(self._tokenizer).encode(candidates)  # as the export did, uncut
         fits = [len(ids) <= (facts.longest or len(ids)) for ids in encoded]
         rows = tuple(row for row, fit in zip(golden.rows, fits) if fit)
         sequences = [ids for ids, fit in zip(encoded, fits) if fit]
         values, problems = await self._values(facts, ask, sequences)
-        if values and is_activated(values):
-            problems.append(_activated(facts))
         found = verify(replace(golden, rows=rows), sequences, [reward_of(v) for v in values], dtype)
+        if not found.ok and _are_activated(facts, values):
+            problems.append(_activated(facts))
         return replace(found, ok=found.ok and not problems, problems=[*problems, *found.problems])
 
     async def _values(
@@ -501,6 +533,10 @@ class RewardModelClient:
         return values, [lost] if tokens != sent else []
 
 
+def _are_activated(facts: ServerFacts, values: Sequence[Any]) -> bool:
+    return ENGINES[facts.engine].activates and is_activated(values)
+
+
 def _activated(facts: ServerFacts) -> str:
     return (
         "It answers numbers in [0, 1], an activation of the rewards: start it with "
@@ -513,7 +549,14 @@ def _urls(server_address: str | Sequence[str]) -> list[str]:
     urls = [address.strip().rstrip("/") for several in given for address in several.split(",")]
     if not urls or not all(urls):
         raise ValueError(f"server_address must be HOST:PORT, a URL, or several, got {given!r}")
-    return [url if "://" in url else f"http://{url}" for url in urls]
+    urls = [url if "://" in url else f"http://{url}" for url in urls]
+    for parts in map(urlsplit, urls):
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            raise ValueError(
+                "server_address must be HOST:PORT or http(s)://HOST:PORT, without user and "
+                f"password (there is api_key), got one of {parts.scheme}://{parts.hostname}"
+            )
+    return urls
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -60,10 +60,12 @@ class Engine:
     Attributes:
         name: as `server_type` names it.
         path: where rewards are asked for.
+        activates: some versions apply an activation to rewards.
     """
 
     name: str
     path: str
+    activates = False
 
     def facts(self, answers: Answers) -> ServerFacts:
         raise NotImplementedError
@@ -81,7 +83,7 @@ class Engine:
         raise NotImplementedError
 
     def advice(self, facts: ServerFacts) -> str:
-        """How to start the server so that it answers raw rewards."""
+        """How to start a server that `activates` so that it answers raw rewards."""
         raise NotImplementedError
 
 
@@ -90,6 +92,7 @@ class VLLM(Engine):
 
     name = "vllm"
     path = "/pooling"
+    activates = True
 
     def facts(self, answers: Answers) -> ServerFacts:
         model = _served(answers)
@@ -141,12 +144,9 @@ class SGLang(Engine):
         if count == 1 and isinstance(answer, dict):
             answer = [answer]
         entries = _list(answer, None, count)
-        used = [_field(entry, "meta_info").get("prompt_tokens") for entry in entries]
+        used = [_field(_field(entry, "meta_info"), "prompt_tokens") for entry in entries]
         tokens = sum(used) if all(isinstance(n, int) for n in used) else None
         return Answer([_values(_field(entry, "embedding")) for entry in entries], tokens)
-
-    def advice(self, facts: ServerFacts) -> str:
-        return "--is-embedding, and ask /classify"
 
 
 class LMDeploy(Engine):
@@ -167,9 +167,6 @@ class LMDeploy(Engine):
     def read(self, answer: Any, count: int) -> Answer:
         entries = _in_order(_list(answer, "data", count))
         return Answer([_values(_field(entry, "data")) for entry in entries], _tokens(answer))
-
-    def advice(self, facts: ServerFacts) -> str:
-        return "--backend pytorch"
 
 
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (SGLang(), VLLM(), LMDeploy())}
@@ -207,7 +204,10 @@ def is_activated(answers: Sequence[Any]) -> bool:
     Of raw rewards that is next to impossible where there is one for every token. (A model whose
     head is zero answers 0 to everything, which no sigmoid does.)
     """
-    values = np.concatenate([np.ravel(np.asarray(a, dtype=np.float64)) for a in answers])
+    try:
+        values = np.concatenate([np.ravel(np.asarray(a, dtype=np.float64)) for a in answers])
+    except (TypeError, ValueError):  # no numbers: they have no rewards either
+        return False
     return bool(values.any() and np.all((values >= 0) & (values <= 1)))
 
 

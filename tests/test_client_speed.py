@@ -21,10 +21,10 @@ from commands import ROOT
 from protocol_servers import hash_score
 
 from polar_xtuner.client import RewardModelClient
+from polar_xtuner.connection import Limits
 from polar_xtuner.protocols import VLLM, ServerFacts
 from polar_xtuner.rewards import candidate_of
 from polar_xtuner.template import Candidate
-from polar_xtuner.transport import Limits
 
 Serve = Callable[..., AbstractContextManager[str]]
 LIMITS = Limits(request_items=64)

@@ -13,11 +13,11 @@ import torch
 from protocol_servers import ENGINES, cut_last, drop_bos, running, tiny_model
 
 from polar_xtuner.client import RewardModelClient
+from polar_xtuner.connection import Limits
 from polar_xtuner.export import export_hf
 from polar_xtuner.golden import GOLDEN, read_golden
 from polar_xtuner.protocols import ServerError
 from polar_xtuner.tokenizer import TokenizerError
-from polar_xtuner.transport import Limits
 
 IMPATIENT = Limits(timeout=20.0, retry_delay=0.05, max_retries=2)
 ITEMS = [{"prompt": "what is one plus one", "reference": "two", "output": f"so {i}"} for i in "123"]
