@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from polar_xtuner.client import RewardModelClient
+from polar_xtuner.connection import Limits
 from polar_xtuner.protocols import ServerError
-from polar_xtuner.transport import Limits
 
 TOLERANCE = 1e-4
 IN_ONE_REQUEST = Limits(request_items=600, request_tokens=10**6)
