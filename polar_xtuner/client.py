@@ -333,6 +333,12 @@ class RewardModelClient:
             for item, ids in zip(items, ready, strict=True)
             if not isinstance(ids, Scored)
         ]
+        inexact = sum(self._ids_of_text(one) != one.ids for one in encoded)
+        if inexact:
+            logger.warning(
+                "no text gives the ids of %d of %d encoded items: tokenizers need their `ids`",
+                *(inexact, len(encoded)),
+            )
         return encoded[0] if isinstance(data, Mapping) else encoded
 
     def sglang_request_reward(
@@ -390,12 +396,15 @@ class RewardModelClient:
             for answer in (reference, output)
         ]
         text = f"{halves[0]}{separator}{halves[1]}{reward}"
-        if self._tokenizer.encode(text, add_special_tokens=False).ids == ids[1:]:
+        if self._ids_of_text(text) == ids:
             return text
-        text = self._tokenizer.decode(ids[1:], skip_special_tokens=False)
-        if self._tokenizer.encode(text, add_special_tokens=False).ids != ids[1:]:
-            logger.warning("no text gives the ids of an encoded item: tokenizers need its `ids`")
-        return text
+        return self._tokenizer.decode(ids[1:], skip_special_tokens=False)
+
+    def _ids_of_text(self, text: str) -> list[int]:
+        return [
+            self.template.bos_token_id,
+            *self._tokenizer.encode(text, add_special_tokens=False).ids,
+        ]
 
     # ---- from items to rewards
 

@@ -616,5 +616,5 @@ def test_text_that_cannot_say_the_ids_is_told(
     encoded = client.encode(hostile)
     assert isinstance(encoded, Encoded)
     assert encoded.ids == client.template.encode([Candidate(*hostile.values())])[0]
-    assert "tokenizers need its `ids`" in caplog.text
+    assert "tokenizers need their `ids`" in caplog.text
     assert SECRET not in caplog.text
