@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -99,41 +98,60 @@ def _key(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def take_scored(output: Path, rows: Iterator[Row | BadRow], settings: str) -> Iterator[Any]:
-    """The lines that an interrupted run has left in `output`, their rows taken from `rows`.
+def take_scored(
+    scorer: Scorer, output: Path, rows: Iterator[Row | BadRow], settings: str
+) -> Iterator[dict[str, Any]]:
+    """The lines that an earlier run has left in `output`, their rows taken from `rows`.
 
-    Goes to the last line without an error. What follows is to be done again, and is cut off once
-    all is read: a line that was half written, and errors, which a server that dies leaves behind.
+    Goes to the last line without an error; lines before it that have one are done again. Once all
+    is read `output` holds these lines and no more: what followed is left to `scored_lines`, a line
+    that was half written, and errors, which a server that dies leaves behind.
 
     Raises:
         ValueError: a line is not that of its row; `output` stays as it is.
     """
-    kept, size = _to_keep(output)
-    with output.open("rb") as stream:
-        for number in range(1, kept + 1):
-            line = _parsed(stream.readline(), output, number)
-            row = next(rows, None)
-            if row is None:
-                raise ValueError(f"{output} has more lines than there are rows")
-            expected = _line_of(row, settings).fields
-            if any(line.get(name) != expected[name] for name in ("file", "line", "key")):
-                raise ValueError(
-                    f"{output}:{number} is of another row, or scored by another model or with "
-                    f"other settings, than {expected['file']}:{expected['line']}"
-                )
-            yield line
-    os.truncate(output, size)
+    kept = _to_keep(output)
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    try:
+        with output.open("rb") as old, unfinished.open("w", encoding="utf-8") as new:
+            for start in range(0, kept, BATCH):
+                lines, to_do = [], []
+                for number in range(start + 1, min(start + BATCH, kept) + 1):
+                    line = _parsed(old.readline(), output, number)
+                    row = next(rows, None)
+                    _check_same(line, row, settings, f"{output}:{number}")
+                    lines.append(line)
+                    if "error" in line and row is not None:
+                        to_do.append(row)
+                done = scored_lines(scorer, to_do, settings)
+                for line in lines:
+                    line = next(done) if "error" in line else line
+                    new.write(json.dumps(line) + "\n")
+                    yield line
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-def _to_keep(output: Path) -> tuple[int, int]:
-    """Lines, and bytes."""
-    kept = size = at = 0
+def _check_same(line: dict[str, Any], row: Row | BadRow | None, settings: str, where: str) -> None:
+    if row is None:
+        raise ValueError(f"{where} has no row: there are fewer rows than lines")
+    expected = _line_of(row, settings).fields
+    if any(line.get(name) != expected[name] for name in ("file", "line", "key")):
+        raise ValueError(
+            f"{where} is of another row, or scored by another model or with other settings, than "
+            f"{expected['file']}:{expected['line']}"
+        )
+
+
+def _to_keep(output: Path) -> int:
+    """Lines up to the last one without an error."""
+    kept = 0
     with output.open("rb") as stream:
         for number, line in enumerate(stream, 1):
-            at += len(line)
             if line.endswith(b"\n") and "error" not in _parsed(line, output, number):
-                kept, size = number, at
-    return kept, size
+                kept = number
+    return kept
 
 
 def _parsed(line: bytes, output: Path, number: int) -> dict[str, Any]:

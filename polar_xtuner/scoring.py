@@ -6,6 +6,7 @@ a group that shares its prefix, groups are packed under a token cap.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -32,6 +33,8 @@ from polar_xtuner.rewards import (
 from polar_xtuner.template import Candidate, PolarTemplate, check_vocabulary
 from polar_xtuner.tokenizer import load_tokenizer, local_folder
 
+logger = logging.getLogger(__name__)
+
 CHUNK = 4096
 """Items that are tokenised and packed together; equal ones among them are computed once."""
 
@@ -46,8 +49,8 @@ class PolarScorer:
         device: None is the first GPU, or the CPU where there is none.
         dtype: to compute in, as "bfloat16"; None is float32 on the CPU, elsewhere what the
             checkpoint holds.
-        max_length, max_response_length: see `PolarTemplate`; None is 16384 and 4096, or what the
-            model's `max_position_embeddings` leaves room for.
+        max_length, max_response_length: see `PolarTemplate`; None is 16384 and 4096. Both are made
+            to fit the model's `max_position_embeddings`, as `RewardModelClient` does.
         max_packed_length: tokens that go through the model at once.
         attention: see `attention.choose_backend`.
         on_error: what becomes of items without a reward: "raise" a `RewardError` once the others
@@ -81,13 +84,17 @@ class PolarScorer:
         model = InternLM2ForRewardModel.from_pretrained(path, torch_dtype=dtype)
         self.model = model.to(self.device).eval()
         self.model.model.attention_backend = attention
-        longest = self.model.config.max_position_embeddings
-        max_length = max_length or min(16384, longest)
-        self.template = PolarTemplate(
-            tokenizer, max_length, max_response_length or min(4096, (max_length - 3) // 2)
-        )
+        asked = 16384 if max_length is None else max_length
+        longest = min(asked, self.model.config.max_position_embeddings)
+        if max_length is not None and longest < max_length:
+            logger.warning("max_length=%d: the model takes no more ids", longest)
+        if max_response_length is None:
+            max_response_length = min(4096, (longest - 3) // 2)
+        elif longest < asked:
+            max_response_length = min(max_response_length, (longest - 3) // 2)
+        self.template = PolarTemplate(tokenizer, longest, max_response_length)
         check_vocabulary(self.template.special_ids, self.model.config.vocab_size)
-        self.cap = max(max_packed_length, max_length)
+        self.cap = max(max_packed_length, longest)
 
     def __call__(self, data: Item | Iterable[Item]) -> Rewards:
         """The reward of every item, in order.

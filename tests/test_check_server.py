@@ -104,12 +104,15 @@ def test_what_cannot_be_checked_ends_with_a_reason(small: Path, model: Path) -> 
         address = server.address
         other_engine = check(address, model, "sglang")
         not_golden = check(address, small / "base", "vllm")
+        other_name = check(address, model, "vllm", "--served-model", "other", "--api-key", "secret")
     gone = check(address, model, "vllm")
     no_folder = check(address, model / "none", "vllm")
-    for result in (other_engine, not_golden, gone, no_folder):
+    for result in (other_engine, not_golden, other_name, gone, no_folder):
         assert result.returncode == 1
         assert result.stderr.splitlines()[-1].startswith("check_server.py: ")
         assert "Traceback" not in result.stderr
         assert not result.stdout
     assert "vllm" in other_engine.stderr
     assert "polar_golden.json" in not_golden.stderr
+    assert "other" in other_name.stderr
+    assert "secret" not in other_name.stderr

@@ -317,18 +317,26 @@ def test_settings_come_from_keywords_and_then_from_the_environment(
         "POLAR_THINKING": "opened",
         "POLAR_ON_ERROR": "-3",
         "POLAR_RULES": json.dumps({"math": f"{__name__}:by_length"}),
+        "POLAR_DTYPE": "bfloat16",
+        "POLAR_VERIFY": "false",
+        "POLAR_API_KEY": "secret",
+        "POLAR_SERVED_MODEL": "polar",
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     read = Settings.read({"model": "keyword", "max_length": 4096, "server_type": None})
     assert read == Settings(
-        "keyword", "vllm", "a:1,b:2", 4096, 512, True, "opened", -3.0, {"math": by_length}
+        *("keyword", "vllm", "a:1,b:2", 4096, 512, True, "opened", -3.0, {"math": by_length}),
+        *("bfloat16", False, "secret", "polar"),
     )
+    assert "secret" not in repr(read)
     scores = verl_0_5([*copy.deepcopy(ROWS[:1]), row("x", "1", "math")], ["hm", "four"])
     assert scores == pytest.approx([reward("What is 6 x 7?", "42", ""), -4])
     assert made[0].path == "env"
     assert made[0].options["server_address"] == "a:1,b:2"
     assert made[0].options["max_length"] == 2048
+    how = {"dtype": "bfloat16", "verify": False, "api_key": "secret", "model": "polar"}
+    assert how.items() <= made[0].options.items()
 
 
 def test_addresses_may_be_a_list(made: list[FakeClient]) -> None:
@@ -452,7 +460,7 @@ def grpo(function: Any, dataset: list[dict[str, Any]], completions: list[Any]) -
 
 
 def test_trl_gets_rewards_of_text_and_of_messages(made: list[FakeClient]) -> None:
-    function = PolarReward("m", server_type="vllm")
+    function = PolarReward("m", server_type="vllm", api_key="secret", served_model="polar")
     assert function.__name__ == "polar_reward"
     assert not inspect.iscoroutinefunction(function.__call__)
     plain = [{"prompt": "Capital of China?", "reference": "Beijing.", "source": "s"}] * 2
@@ -470,6 +478,8 @@ def test_trl_gets_rewards_of_text_and_of_messages(made: list[FakeClient]) -> Non
     assert grpo(function, chat, completions) == pytest.approx(expected)
     assert len(made) == 1
     assert made[0].options["server_type"] == "vllm"
+    assert made[0].options["api_key"] == "secret"
+    assert made[0].options["model"] == "polar"
 
 
 def test_trl_passes_the_wrapper_of_a_row(made: list[FakeClient]) -> None:

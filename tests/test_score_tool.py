@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import pytest
 from commands import ROOT
 from pyarrow.parquet import read_table
 
+from polar_xtuner.client import RewardModelClient
 from polar_xtuner.records import BadRow, Row, map_rows
 from polar_xtuner.rewards import Scored
 from polar_xtuner.scored_lines import Summary, scored_lines, take_scored, write_parquet
+from polar_xtuner.scoring import PolarScorer
 from polar_xtuner.template import Candidate
 
 AHEAD = 7
@@ -136,7 +139,9 @@ def test_a_hundred_thousand_rows_stream() -> None:
 def resumed(raw: list[Any], output: Path, settings: str = "") -> list[dict[str, Any]]:
     """What a resumed run leaves in `output`."""
     rows = rows_of(*raw)
-    kept = [*take_scored(output, rows, settings)]
+    kept = [*take_scored(FakeScorer(), output, rows, settings)]
+    assert [json.loads(line) for line in output.read_text().splitlines()] == kept
+    assert not [*output.parent.glob("*.unfinished")]
     with output.open("a") as stream:
         for line in scored_lines(FakeScorer(), rows, settings):
             stream.write(json.dumps(line) + "\n")
@@ -155,17 +160,20 @@ def test_a_run_cut_off_at_any_byte_is_continued_to_the_same_end(tmp_path: Path) 
         assert output.read_bytes() == text
 
 
-def test_errors_at_the_end_are_tried_again_and_others_are_not(tmp_path: Path) -> None:
+def test_errors_are_tried_again_wherever_they_are_and_good_lines_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polar_xtuner.scored_lines.BATCH", 3)
     output = tmp_path / "out.jsonl"
-    raw = [to_score("bad"), to_score("a"), to_score("b"), to_score("c")]
+    raw = [to_score("bad"), {}, *(to_score(["x", "y" * n]) for n in range(8))]
     lines = lines_of(*raw)
-    for line in lines[2:]:
-        line.update(scores=[None], error="output[0]: the server is gone")
-    lines[0]["error"] = "as it was"
+    for number in (2, 4, 5, 8, 9):
+        lines[number].update(scores=[None, 0.5], error="output[0]: the server is gone")
+    lines[3]["scores"] = [0.25, 0.75]  # as it was
     output.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    again = resumed(raw, output)
-    assert again[0]["error"] == "as it was"
-    assert again[1:] == lines_of(*raw)[1:]
+    expected = lines_of(*raw)
+    expected[3] = lines[3]
+    assert resumed(raw, output) == expected
 
 
 @pytest.mark.parametrize("change", ["other text", "other settings", "fewer rows", "other place"])
@@ -183,6 +191,7 @@ def test_an_output_of_other_rows_is_refused_and_left_alone(change: str, tmp_path
     with pytest.raises(ValueError, match=r"out.jsonl"):
         resumed(raw, output, "other" if change == "other settings" else "")
     assert output.read_text() == text
+    assert [*tmp_path.iterdir()] == [output]
 
 
 @pytest.mark.parametrize("content", ["not JSON\n", "[1]\n", '{"a": 1}\n'])
@@ -306,11 +315,87 @@ def test_parquet_comes_complete_or_not_at_all(
     assert score(*arguments, "--resume").returncode == 1
 
 
+def test_an_output_with_errors_can_be_continued(
+    small: Path, through: list[object], tmp_path: Path
+) -> None:
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.parquet"
+    rows.write_text(f"{json.dumps(to_score('a'))}\n{{broken\n{json.dumps(to_score('b'))}\n")
+    arguments = [small / "base", tmp_path, *through, "--output", output]  # reads not what it writes
+    for more in ([], ["--resume"]):
+        result = score(*arguments, *more)
+        assert result.returncode == 1
+        assert "1 of 3 rows have an error" in result.stderr
+        assert "--resume tries them again" in result.stderr
+        errors = [row["error"] is None for row in read_table(output).to_pylist()]
+        assert errors == [True, False, True]
+    partial = tmp_path / "out.parquet.jsonl"
+    assert len(partial.read_text().splitlines()) == 3
+    assert "--resume" in score(*arguments).stderr
+    assert "is the output" in score(small / "base", partial, *arguments[1:], "--resume").stderr
+
+
+def test_lines_of_other_weights_precision_or_route_are_refused(
+    small: Path, through: list[object], tmp_path: Path
+) -> None:
+    base, output = tmp_path / "base", tmp_path / "out.jsonl"
+    shutil.copytree(small / "base", base)
+    file = small / "heldout.jsonl"
+    here = [base, file, "--output", output, "--device", "cpu"]
+    lengths = ["--max-length", 8192, "--max-response-length", 256]
+    assert score(*here, "--dtype", "float32", *lengths).returncode == 0
+    text = output.read_text()
+    assert score(*here, "--dtype", "float32", *lengths, "--resume").returncode == 0
+    assert "is of another row" in score(*here, "--dtype", "bfloat16", *lengths, "--resume").stderr
+    there = [base, file, "--output", output, *through, "--resume"]
+    assert "is of another row" in score(*there).stderr
+    os.utime(next(base.glob("*.bin")), (0, 0))
+    assert "is of another row" in score(*here, "--dtype", "float32", *lengths, "--resume").stderr
+    assert output.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_length": 10**6},
+        {"max_length": 10**6, "max_response_length": 10**5},
+        {"max_length": 10**6, "max_response_length": 50},
+        {"max_length": 512, "max_response_length": 100},
+    ],
+)
+def test_both_routes_cut_alike(limits: dict[str, int], small: Path) -> None:
+    base = str(small / "base")
+    here, there = PolarScorer(base, device="cpu", **limits), RewardModelClient(base, **limits)
+    assert here.template.fingerprint == there.template.fingerprint
+
+
+def test_one_limit_is_enough_through_a_server(small: Path, through: list[object]) -> None:
+    result = score(small / "base", small / "heldout.jsonl", *through[:-2], "--max-length", 512)
+    assert result.returncode == 0, result.stderr
+
+
+def test_parquet_without_pyarrow_is_refused_before_anything_is_scored(
+    small: Path, through: list[object], tmp_path: Path
+) -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['pyarrow'] = None\n"
+        "del sys.argv[0]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "tools" / "score.py"), str(small / "base")]
+    command += [str(small / "heldout.jsonl"), *map(str, through), "--output"]
+    result = subprocess.run([*command, "out.parquet"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "polar_xtuner[score]" in result.stderr
+    assert not [*tmp_path.iterdir()]
+
+
 def test_what_does_not_go_together_is_said(small: Path, tmp_path: Path) -> None:
     base, file = small / "base", small / "heldout.jsonl"
     assert "--resume needs --output" in score(base, file, "--resume").stderr
     assert "stdin" in score(base, "-", file).stderr
     assert "--device" in score(base, file, "--server", "a:1", "--device", "cpu").stderr
+    assert "--served-model" in score(base, file, "--served-model", "m").stderr
     missing = score(base, file, tmp_path / "none.jsonl")
     assert "no such file" in missing.stderr
     assert not missing.stdout

@@ -11,10 +11,11 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 
 from polar_xtuner.client import RewardModelClient
-from polar_xtuner.transport import Limits
+from polar_xtuner.connection import Limits
 
 
 def main() -> None:
@@ -27,6 +28,13 @@ def main() -> None:
         choices=("float32", "bfloat16", "float16"),
         help="what the server computes in; default: the checkpoint's own",
     )
+    parser.add_argument("--served-model", metavar="NAME", help="default: the one it tells")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        default=os.environ.get("POLAR_API_KEY"),
+        help="sent as a bearer token; default: $POLAR_API_KEY",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and no more")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -35,6 +43,8 @@ def main() -> None:
             args.model,
             server_type=args.server_type,
             server_address=args.address,
+            model=args.served_model,
+            api_key=args.api_key or None,
             verify=False,
             limits=Limits(max_retries=2),  # who checks wants to know soon that it is not there
         ) as client:

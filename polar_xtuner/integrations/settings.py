@@ -49,6 +49,13 @@ class Settings:
     "none" (TRL) or a number (verl) is its reward."""
     rules: Mapping[str, Rule] = field(default_factory=dict)
     """verl only: by data source, the function that scores its rows in POLAR's place."""
+    dtype: str | None = None
+    """In which the server computes, for how close golden scores must be; None: the checkpoint's."""
+    verify: bool = True
+    """Hold the server against the checkpoint's golden scores before its rewards count."""
+    api_key: str | None = field(default=None, repr=False)
+    served_model: str | None = None
+    """The name that the server serves the model by; None: the one it tells."""
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -93,6 +100,10 @@ class Settings:
             "server_type": self.server_type,
             "server_address": self.server_address,
             "normalize": self.normalize,
+            "dtype": self.dtype,
+            "verify": self.verify,
+            "api_key": self.api_key,
+            "model": self.served_model,
         }
         key = (os.getpid(), self.model, *wanted.values())  # a fork's threads are not its parent's
         with _lock:
@@ -172,6 +183,10 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "thinking": str,
     "on_error": _on_error,
     "rules": _rules,
+    "dtype": str,
+    "verify": _truth,
+    "api_key": str,
+    "served_model": str,
 }
 assert _READERS.keys() == {setting.name for setting in fields(Settings)}
 

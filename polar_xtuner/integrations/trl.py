@@ -28,6 +28,8 @@ class PolarReward:
         on_error: what becomes of a completion that no reward can be had for: "raise" stops the
             run, "none" gives it None, which TRL leaves out of its group.
         name: under which TRL logs the rewards.
+        dtype, verify, api_key, served_model: `dtype`, `verify`, `api_key` and `model` of
+            `RewardModelClient`.
 
     Raises:
         ValueError: `thinking` or `on_error` is none of the above.
@@ -44,6 +46,10 @@ class PolarReward:
         thinking: str = "remove",
         on_error: str = "raise",
         name: str = "polar_reward",
+        dtype: str | None = None,
+        verify: bool = True,
+        api_key: str | None = None,
+        served_model: str | None = None,
     ) -> None:
         check_on_error(on_error)
         self.settings = Settings(
@@ -55,6 +61,10 @@ class PolarReward:
             normalize,
             thinking,
             on_error,
+            dtype=dtype,
+            verify=verify,
+            api_key=api_key,
+            served_model=served_model,
         )
         self.__name__ = name
 
