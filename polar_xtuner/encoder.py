@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import threading
 from collections.abc import Iterable
@@ -18,6 +19,11 @@ from itertools import chain, pairwise
 from typing import Any
 
 from tokenizers import Tokenizer
+
+if hasattr(os, "register_at_fork"):  # Windows lacks it
+    # The threads of `tokenizers` do not live on in a fork, which would wait for them for ever. It
+    # sees to that itself, but not where TOKENIZERS_PARALLELISM is set, as importing xtuner does.
+    os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 SPACE = "▁"
 """What sentencepiece writes for a space."""

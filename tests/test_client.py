@@ -12,6 +12,8 @@ import os
 import pickle
 import random
 import re
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -472,8 +474,11 @@ def test_a_cancelled_call_leaves_the_client_usable(vocab_size: int, connect: Con
 # ---- processes
 
 
-def test_a_client_can_be_pickled_closed_and_forked(vocab_size: int, connect: Connect) -> None:
-    data = items(5)
+def test_a_client_can_be_pickled_closed_and_forked(
+    vocab_size: int, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # as xtuner does
+    data = items(50)
     with running("vllm", "0.32.0", hash_score, vocab_size=vocab_size) as server:
         client = connect("vllm", server.address)
         rewards = client(data)
@@ -487,7 +492,11 @@ def test_a_client_can_be_pickled_closed_and_forked(vocab_size: int, connect: Con
                 os.write(write, json.dumps(client(data)).encode())
             finally:
                 os._exit(0)
+        ready, _, _ = select.select([read], [], [], 30)
+        if not ready:
+            os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        assert ready, "the child hangs"
         assert json.loads(os.read(read, 10000)) == rewards
 
 
