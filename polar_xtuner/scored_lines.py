@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from polar_xtuner.evaluation import wilson_interval
 from polar_xtuner.records import BadRow, Row
 from polar_xtuner.rewards import Scored
 from polar_xtuner.template import Candidate
@@ -226,13 +226,3 @@ class Summary:
             figures["mean_margin"] = self._margins / self.n
             figures["ties"] = self._ties
         return figures
-
-
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927); (0, 1) for n = 0."""
-    if not n:
-        return 0.0, 1.0
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)

@@ -23,8 +23,8 @@ from mmengine.runner import load_checkpoint
 from transformers import AutoModel
 from xtuner.registry import BUILDER
 
+from polar_xtuner.evaluation import wilson_interval
 from polar_xtuner.records import Row, read_rows
-from polar_xtuner.scored_lines import wilson_interval
 from polar_xtuner.scoring import PolarScorer
 from polar_xtuner.template import Candidate
 
