@@ -21,6 +21,9 @@ TRAIN = [
     "sentencepiece!=0.2.2",  # 0.2.2 cannot read the InternLM2 tokenizer
 ]
 
+SCORE = ["torch>=2.6", "transformers>=4.48", "safetensors", "pyarrow"]  # in process
+EVAL = ["scipy", "matplotlib", "jinja2"]
+
 setup(
     name="polar_xtuner",
     version=re.search(
@@ -36,8 +39,9 @@ setup(
     install_requires=["numpy", "tokenizers", "huggingface_hub", "aiohttp>=3.9", "tqdm"],
     extras_require={
         "train": TRAIN,
-        "score": ["torch>=2.6", "transformers>=4.48", "safetensors", "pyarrow"],  # in process
+        "score": SCORE,
+        "eval": [*SCORE, *EVAL],
         "flash": ["flash-attn>=2.1"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+        "test": [*EVAL, "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
     },
 )
