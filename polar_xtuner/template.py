@@ -56,6 +56,13 @@ def check_vocabulary(special_ids: Mapping[str, int], vocab_size: int) -> None:
             )
 
 
+class PartLengths(NamedTuple):
+    """Ids of a candidate's prompt, reference and output, each by itself, and of what is kept."""
+
+    whole: tuple[int, int, int]
+    kept: tuple[int, int, int]
+
+
 class _Kept(NamedTuple):
     """What the limits leave of a candidate's parts, and which of its two halves lost ids."""
 
@@ -140,6 +147,18 @@ class PolarTemplate:
         )
         newline = parts.get("\n", [])  # only needed where something is cut
         return [self._assemble(c, pieces[c], kept.get(c), joined, newline) for c in candidates]
+
+    def part_lengths(self, candidates: Sequence[Candidate]) -> list[PartLengths]:
+        """What the limits leave of every candidate's parts, in order."""
+        candidates = [Candidate(*map(_valid_unicode, c)) for c in candidates]
+        parts = self._encode_texts(text for c in candidates for text in c[:3])
+        lengths = []
+        for c in candidates:
+            kept = self._cut(c, parts)
+            prompt, reference, output = (len(parts[text]) for text in c[:3])
+            left = (len(kept.prompt), len(kept.responses[0]), len(kept.responses[1]))
+            lengths.append(PartLengths((prompt, reference, output), left))
+        return lengths
 
     def _pieces(self, c: Candidate, side: int) -> tuple[str, ...]:
         """The half `P sep R` (side 0) or `P sep O` in texts whose ids are those of the half."""
