@@ -22,7 +22,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -168,51 +168,83 @@ def plan_epoch(
             f"{accumulation} accumulation steps: use fewer ranks, a smaller accumulative_counts, "
             "or more data"
         )
-    groups = _Groups(lengths.tolist(), costs.tolist(), cap)
     if rest is None:
         random = np.random.default_rng([seed, epoch])
         whole = np.arange(len(lengths))
-        shares = np.stack([whole, np.zeros_like(whole), pairs], axis=1)
+        rows = np.stack([whole, np.zeros_like(whole), pairs], axis=1)
     else:
         random = np.random.default_rng([seed, epoch, len(rest)])
-        shares = rest
-    shares = shares[random.permutation(len(shares))]
+        rows = rest
+    shares = _Shares(rows[random.permutation(len(rows))], lengths, costs, cap)
     if pairs_per_step is None:
-        steps = _filled(groups, shares, lengths[shares[:, 0]], per_step, random)
+        steps = _filled(shares, per_step, random)
     elif pairs_per_step < per_step:
         raise ValueError(
             f"pairs_per_step={pairs_per_step} is less than one pair for each of the {ranks} ranks "
             f"x {accumulation} accumulation steps: raise it, or lower accumulative_counts"
         )
     else:
-        steps = _of_pairs(groups, _shares(shares), pairs_per_step, ranks, accumulation)
+        steps = _of_pairs(shares, pairs_per_step, ranks, accumulation)
     shortest = int(lengths.argmin())
-    filler = Share(shortest, 0, int(pairs[shortest]))
+    filler = len(shares)
     packs, weights = [], []
     for step in steps:
-        weight = per_step / sum(share.stop - share.start for pack in step for share in pack)
+        weight = per_step / sum(shares.pairs[share] for pack in step for share in pack)
         packs += [pack or [filler] for pack in step]
         weights += [weight if pack else 0.0 for pack in step]
+    rows = np.concatenate([shares.rows(), [(shortest, 0, pairs[shortest])]])
     return Plan(
         ranks,
         accumulation,
-        np.array([*chain.from_iterable(packs)], np.int64),
+        rows[[*chain.from_iterable(packs)]],
         np.cumsum([*map(len, packs)]),
         np.array(weights),
     )
 
 
-Step = list[list[Share]]  # the packs of an optimizer step; empty ones only fill it
+Step = list[list[int]]  # the shares of each pack of an optimizer step; empty packs only fill it
 
 
-class _Groups(NamedTuple):
-    """Of each group, as lists: Python reads them faster than arrays."""
+class _Shares:
+    """What is planned: shares by number, a list a property.
 
-    lengths: list[int]
-    costs: list[int]
-    cap: int
+    Python reads lists faster than arrays, and its garbage collector has nothing to look for in
+    numbers: 150,000 tuples set it to work on all objects of a process.
+    """
 
-    def spread(self, shares: list[Share], packs: int) -> tuple[Step, list[Share]]:
+    def __init__(
+        self,
+        rows: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        costs: NDArray[np.int64],
+        cap: int,
+    ) -> None:
+        groups, starts, stops = rows.T
+        self.groups = groups.tolist()
+        self.starts = starts.tolist()
+        self.pairs = (stops - starts).tolist()
+        self.lengths = lengths[groups].tolist()
+        self.costs = costs[groups].tolist()
+        self.cap = cap
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def rows(self) -> NDArray[np.int64]:
+        """(shares, 3): a `Share` a row."""
+        starts = np.array(self.starts)
+        return np.stack([np.array(self.groups), starts, starts + self.pairs], axis=1)
+
+    def divide(self, share: int, pairs: int) -> tuple[int, int]:
+        """The first `pairs` of a share, and the others."""
+        first, others = len(self), len(self) + 1
+        for values in (self.groups, self.lengths, self.costs):
+            values += [values[share]] * 2
+        self.starts += [self.starts[share], self.starts[share] + pairs]
+        self.pairs += [pairs, self.pairs[share] - pairs]
+        return first, others
+
+    def spread(self, shares: list[int], packs: int) -> tuple[Step, list[int]]:
         """`shares` in so many packs of about the same cost, and those that found no room."""
         spread: Step = [[] for _ in range(packs)]
         room = [self.cap] * packs
@@ -220,7 +252,7 @@ class _Groups(NamedTuple):
         left = []
         too_long = self.cap + 1  # for any pack, as room only shrinks
         for share in self._costliest_first(shares):
-            length, cost = self.lengths[share.group], self.costs[share.group]
+            length, cost = self.lengths[share], self.costs[share]
             load, pack = loads[0]
             if length >= too_long:
                 left.append(share)
@@ -240,112 +272,99 @@ class _Groups(NamedTuple):
             room[pack] -= length
         return spread, left
 
-    def place(self, shares: list[Share], packs: int, may_leave: int) -> tuple[Step, list[Share]]:
+    def place(self, shares: list[int], packs: int, may_leave: int) -> tuple[Step, list[int]]:
         """`spread`, or `fit` where that leaves `may_leave` tokens or more."""
         spread, left = self.spread(shares, packs)
         return self.fit(shares, packs) if self.tokens(left) >= may_leave else (spread, left)
 
-    def fit(self, shares: list[Share], packs: int) -> tuple[Step, list[Share]]:
+    def fit(self, shares: list[int], packs: int) -> tuple[Step, list[int]]:
         """The same for groups so long that few fit a pack: each where it leaves least room."""
         fitted = self.fit_all(shares)
         empty: Step = [[] for _ in range(packs - len(fitted))]
         return fitted[:packs] + empty, [*chain.from_iterable(fitted[packs:])]
 
-    def fit_all(self, shares: list[Share]) -> Step:
+    def fit_all(self, shares: list[int]) -> Step:
         """`fit` in as many packs as it takes."""
         ordered = self._costliest_first(shares)
-        fitted = best_fit(np.array([self.lengths[share.group] for share in ordered]), self.cap)
+        fitted = best_fit(np.array([self.lengths[share] for share in ordered]), self.cap)
         return [[ordered[i] for i in pack] for pack in fitted]
 
-    def _costliest_first(self, shares: list[Share]) -> list[Share]:
-        return sorted(shares, key=lambda share: -self.costs[share.group])
+    def _costliest_first(self, shares: list[int]) -> list[int]:
+        return sorted(shares, key=self.costs.__getitem__, reverse=True)
 
-    def tokens(self, shares: list[Share]) -> int:
-        return sum(self.lengths[share.group] for share in shares)
-
-
-def _shares(rows: NDArray[np.int64]) -> list[Share]:
-    return [Share(*row) for row in rows.tolist()]
+    def tokens(self, shares: list[int]) -> int:
+        return sum(self.lengths[share] for share in shares)
 
 
-def _filled(
-    groups: _Groups,
-    rows: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    per_step: int,
-    random: np.random.Generator,
-) -> list[Step]:
+def _filled(shares: _Shares, per_step: int, random: np.random.Generator) -> list[Step]:
     """As few steps as hold all shares, the packs of a window about equally full."""
-    ends = np.cumsum(lengths)
-    a_step = groups.cap * per_step
+    ends = np.cumsum(shares.lengths)
+    a_step = shares.cap * per_step
     count = max(math.ceil(ends[-1] / a_step), math.floor(FULL * ends[-1] / a_step))
     windows = min(count, math.ceil(count * per_step / WINDOW))
     firsts = np.arange(windows + 1) * count // windows  # step that each window begins with
-    cuts = np.searchsorted(ends, ends[-1] * firsts[1:-1] / count)
+    cuts = np.searchsorted(ends, ends[-1] * firsts[1:-1] / count).tolist()
     steps: list[Step] = []
-    left: list[Share] = []
-    for number, members in enumerate(np.split(rows, cuts)):
-        shares = left + _shares(members)
+    left: list[int] = []
+    for number, (start, stop) in enumerate(pairwise([0, *cuts, len(shares)])):
+        window = [*left, *range(start, stop)]
         size = int(firsts[number + 1] - firsts[number])
         may_leave = a_step if number + 1 < windows else 1  # tokens that go to the next window
-        packs, left = groups.place(shares, size * per_step, may_leave)
-        while groups.tokens(left) >= may_leave:
-            size = max(size + 1, len(groups.fit_all(shares)) // per_step)
-            packs, left = groups.place(shares, size * per_step, may_leave)
+        packs, left = shares.place(window, size * per_step, may_leave)
+        while shares.tokens(left) >= may_leave:
+            size = max(size + 1, len(shares.fit_all(window)) // per_step)
+            packs, left = shares.place(window, size * per_step, may_leave)
         packs = [packs[i] for i in random.permutation(len(packs))]
         packs.sort(key=bool, reverse=True)  # empty ones last, so that steps share them
         steps += filter(any, (packs[step::size] for step in range(size)))
     return steps
 
 
-def _of_pairs(
-    groups: _Groups, shares: list[Share], pairs_per_step: int, ranks: int, accumulation: int
-) -> list[Step]:
+def _of_pairs(shares: _Shares, pairs_per_step: int, ranks: int, accumulation: int) -> list[Step]:
     """Steps of exactly so many pairs, the last one of those that are left."""
+    most = min(pairs_per_step, len(shares)) // ranks
     steps = [*_by_pairs(shares, pairs_per_step)]
-    packed = _packed(groups, steps, ranks * accumulation)
+    packed = _packed(shares, steps, ranks * accumulation)
     if packed is not None:
         return packed
-    most = min(pairs_per_step, len(shares)) // ranks
-    enough = (a for a in range(accumulation + 1, most + 1) if _packed(groups, steps, ranks * a))
+    enough = (a for a in range(accumulation + 1, most + 1) if _packed(shares, steps, ranks * a))
     works = next(enough, None)
     advice = "lower pairs_per_step" if works is None else f"set accumulative_counts={works}"
     raise ValueError(
         f"{pairs_per_step} pairs a step do not fit {ranks} ranks x {accumulation} packs of "
-        f"{groups.cap} tokens: {advice}, or raise max_packed_length"
+        f"{shares.cap} tokens: {advice}, or raise max_packed_length"
     )
 
 
-def _packed(groups: _Groups, steps: list[list[Share]], packs: int) -> list[Step] | None:
+def _packed(shares: _Shares, steps: list[list[int]], packs: int) -> list[Step] | None:
     packed = []
-    for shares in steps:
-        step, left = groups.place(shares, packs, may_leave=1)
+    for members in steps:
+        step, left = shares.place(members, packs, may_leave=1)
         if left:
             return None
         packed.append(step)
     return packed
 
 
-def _by_pairs(shares: list[Share], pairs_per_step: int) -> Iterator[list[Share]]:
-    stream = iter(shares)
-    waiting: list[Share] = []
+def _by_pairs(shares: _Shares, pairs_per_step: int) -> Iterator[list[int]]:
+    stream = iter(range(len(shares)))
+    waiting: list[int] = []
     while True:
         earlier = iter(waiting)
         coming = chain(earlier, stream)
-        step: list[Share] = []
+        step: list[int] = []
         waiting = []
         room = pairs_per_step
-        while room and len(waiting) <= WAITING and (share := next(coming, None)):
-            size = share.stop - share.start
-            if size <= room:
+        while room and len(waiting) <= WAITING and (share := next(coming, None)) is not None:
+            pairs = shares.pairs[share]
+            if pairs <= room:
                 step.append(share)
-                room -= size
+                room -= pairs
             else:
                 waiting.append(share)
         if room and waiting:
-            group, start, stop = waiting[0]
-            step.append(Share(group, start, start + room))
-            waiting[0] = Share(group, start + room, stop)
+            first, waiting[0] = shares.divide(waiting[0], room)
+            step.append(first)
         if not step:
             return
         waiting += earlier
