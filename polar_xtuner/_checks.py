@@ -50,15 +50,15 @@ class RawRow:
         """The texts of a single candidate or of several."""
         value = self._required(field)
         values = value if _is_several(value) else [value]
-        return tuple(map(self._text, values, self._names(field)))
+        return tuple(map(self._text, values, self.names(field)))
 
     def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Chosen and rejected, which must have no text in common."""
         before = len(self.problems)
         chosen, rejected = self.candidates("chosen"), self.candidates("rejected")
         if len(self.problems) == before:
-            name_of = dict(zip(rejected, self._names("rejected"), strict=True))
-            for text, name in zip(chosen, self._names("chosen"), strict=True):
+            name_of = dict(zip(rejected, self.names("rejected"), strict=True))
+            for text, name in zip(chosen, self.names("chosen"), strict=True):
                 if text in name_of:
                     self.note(name, f"must differ from {name_of[text]}, is the same text")
         return chosen, rejected
@@ -100,7 +100,7 @@ class RawRow:
         self.read.add(field)
         return self.raw.get(field)
 
-    def _names(self, field: str) -> list[str]:
+    def names(self, field: str) -> list[str]:
         """What problems call the candidates of a field."""
         value = self.raw.get(field)
         return [f"{field}[{i}]" for i in range(len(value))] if _is_several(value) else [field]
