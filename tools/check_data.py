@@ -1,0 +1,222 @@
+"""What is wrong or odd in training data: `check_data.py FILE... --tokenizer PATH`.
+
+FILE is in any format that training reads. Rows are read, cut and packed as training would do it,
+with the settings of --config, or with POLAR's published limits. Errors are what training refuses;
+warnings are what it takes and what may spoil the model all the same. The exit status is 1 exactly
+if training would refuse the files.
+
+With --config there are estimates of what training takes: operations and, with --gpu, time, and the
+memory of each GPU. They are computed, not measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from polar_xtuner.data_checks import KINDS, special_strings
+from polar_xtuner.data_result import FIELDS, DataResult, Estimate, Lengths
+from polar_xtuner.data_survey import PUBLISHED_LIMITS, Peak, survey
+from polar_xtuner.records import find_files
+from polar_xtuner.template import PolarTemplate
+from polar_xtuner.tokenizer import FAST, SENTENCEPIECE, load_tokenizer, local_folder
+
+LISTED = 20
+GIB = 2**30
+
+
+def open_tokenizer(path: str) -> Any:
+    """The tokenizer of a checkpoint; by transformers where only that knows its kind."""
+    folder = local_folder(path)
+    if any((folder / name).is_file() for name in (FAST, SENTENCEPIECE)):
+        return load_tokenizer(folder)
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        return load_tokenizer(folder)  # says what is missing
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def peak_of(args: argparse.Namespace) -> Peak:
+    if args.gpu is None:
+        return Peak(mfu=args.mfu)
+    from polar_xtuner.metrics import PEAK_FLOPS, peak_flops
+
+    peak = peak_flops(args.gpu)
+    if peak is None:
+        known = ", ".join(pattern.replace("$", "") for pattern in PEAK_FLOPS)
+        raise ValueError(f"--gpu {args.gpu}: its peak is not known. Known are {known}")
+    return Peak(args.gpu, peak, args.mfu)
+
+
+def run(args: argparse.Namespace) -> DataResult:
+    """The check that `args` ask for."""
+    if not 0 < args.mfu <= 1:
+        raise ValueError(f"--mfu {args.mfu}: must be a share, above 0 and at most 1")
+    if args.ranks < 1:
+        raise ValueError(f"--ranks {args.ranks}: must be at least 1")
+    if args.config is None:
+        if not args.files:
+            raise ValueError("give a FILE, or a --config that names its data_files")
+        if args.tokenizer is None:
+            raise ValueError(
+                "give --tokenizer, the folder or hub name of the base, or a --config that names it"
+            )
+        for option in ("cfg_options", "gpu", "zero"):
+            if getattr(args, option):
+                raise ValueError(f"--{option.replace('_', '-')} needs a --config")
+        tokenizer = open_tokenizer(args.tokenizer)
+        limits = replace(PUBLISHED_LIMITS, ranks=args.ranks)
+        lengths = {
+            "max_length": limits.max_length,
+            "max_response_length": limits.max_response_length,
+        }
+        return survey(
+            find_files(args.files),
+            PolarTemplate(tokenizer, **lengths),
+            special_strings(tokenizer),
+            limits,
+        )
+    try:
+        from xtuner.registry import BUILDER
+
+        from polar_xtuner.data_settings import read_settings
+    except ImportError as error:
+        raise ValueError(
+            f"--config needs what training needs, {error.name or error} is missing: pip install "
+            "'polar_xtuner[train]', or leave --config out and give --tokenizer"
+        ) from error
+    peak = peak_of(args)
+    settings = read_settings(args.config, args.cfg_options, gpus=args.ranks, zero=args.zero)
+    files = find_files(args.files or data_files_of(settings.data_files))
+    tokenizer = (
+        BUILDER.build(settings.tokenizer)
+        if args.tokenizer is None
+        else open_tokenizer(args.tokenizer)
+    )
+    return survey(
+        files,
+        PolarTemplate(tokenizer, **settings.template),
+        special_strings(tokenizer),
+        settings.limits,
+        map_fn=settings.map_fn,
+        group_candidates=settings.group_candidates,
+        num_proc=settings.num_proc,
+        seed=settings.seed,
+        training=settings.training,
+        peak=peak,
+    )
+
+
+def data_files_of(named: Any) -> Any:
+    """What a config's data_files name; the sets of a dict together."""
+    if named is None:
+        raise ValueError("the config names no data_files: give a FILE")
+    if not isinstance(named, dict):
+        return named
+    return [
+        file for files in named.values() for file in ([files] if isinstance(files, str) else files)
+    ]
+
+
+def shown(result: DataResult) -> str:
+    """The result for people."""
+    lines = [f"{result.rows:,} rows in {len(result.files)} files, {result.bad_rows:,} of them bad"]
+    lines += listed("errors", result.errors, len(result.errors))
+    lines += listed("warnings", result.warnings, sum(result.warning_counts.values()))
+    for kind, count in result.warning_counts.items():
+        lines.append(f"  {count:7,} {kind}: {KINDS[kind]}")
+    lines += ["", f"{'':10} {'':10} " + " ".join(f"{name:>8}" for name in STATISTICS)]
+    for unit, by_field in (("ids", result.ids), ("characters", result.characters)):
+        lines += [row_of(field, unit, by_field[field]) for field in FIELDS]
+    limits = result.limits
+    lines += [
+        "",
+        f"{result.prompts:,} prompts, {result.groups:,} groups, {result.pairs:,} pairs; the chosen "
+        f"answer is the longer one in {result.chosen_longer:.1%} of them, as long in "
+        f"{result.as_long:.1%}",
+        f"{result.cut_rows:,} rows are cut to max_length={limits.max_length} and "
+        f"max_response_length={limits.max_response_length}",
+        f"{result.tokens:,} tokens an epoch, {result.tokens_alone:,} without shared prefixes: "
+        f"{result.share_ratio:.2f} times as many",
+        f"{result.packs:,} packs of {limits.max_packed_length:,} tokens, {result.fill:.1%} full; "
+        f"{result.steps:,} optimizer steps on {limits.ranks} ranks, with accumulative_counts="
+        f"{limits.accumulative_counts}, pairs_per_step={limits.pairs_per_step}",
+    ]
+    if result.estimate is not None:
+        lines += ["", *shown_estimate(result.estimate)]
+    lines += ["", *(f"training would refuse this: {reason}" for reason in result.refusals)]
+    return "\n".join(lines).rstrip()
+
+
+STATISTICS = ("count", "min", "mean", "median", "p90", "p99", "max")
+
+
+def row_of(field: str, unit: str, lengths: Lengths) -> str:
+    numbers = " ".join(f"{getattr(lengths, name):8,.0f}" for name in STATISTICS)
+    return f"{field:10} {unit:10} {numbers}"
+
+
+def listed(what: str, findings: Any, total: int) -> list[str]:
+    lines = [f"{total:,} {what}" + (":" if total else "")]
+    lines += [f"  {finding}" for finding in islice(findings, LISTED)]
+    if total > LISTED:
+        lines.append(f"  ... and {total - LISTED:,} more (--json has them)")
+    return lines
+
+
+def shown_estimate(e: Estimate) -> list[str]:
+    trained = "" if e.trained_parameters == e.parameters else f", {e.trained_parameters:,} trained"
+    memory = e.memory
+    time = "its time needs --gpu"
+    if e.seconds is not None:
+        hours, minutes = divmod(round(e.seconds / 60), 60)
+        time = f"{hours} h {minutes:02} min on {e.gpus} x {e.gpu}, if mfu is {e.mfu:g}"
+    return [
+        "Estimates, not measured on a GPU:",
+        f"  {e.parameters:,} parameters{trained}",
+        f"  an epoch (of {e.epochs}): {e.flops:.3g} operations; {time}",
+        f"  memory of each GPU, {f'ZeRO stage {e.zero}' if e.zero else 'without DeepSpeed'}: "
+        f"{memory.total / GIB:.1f} GiB, buffers and CUDA's own on top",
+        f"    weights {memory.weights / GIB:.1f}, gradients {memory.gradients / GIB:.1f}, "
+        f"optimizer {memory.optimizer / GIB:.1f}, activations of a full pack "
+        f"{memory.activations / GIB:.1f}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", metavar="FILE", help="rows; default: the config's")
+    parser.add_argument("--tokenizer", metavar="PATH", help="of the base; default: the config's")
+    parser.add_argument("--config", help="of the training, for its limits and estimates")
+    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs of the training")
+    parser.add_argument("--gpu", metavar="NAME", help="for the time, such as 'A100' or 'H100'")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak, assumed")
+    parser.add_argument("--zero", type=int, choices=(1, 2, 3), help="stage, with --deepspeed")
+    parser.add_argument("--json", action="store_true", help="one object with all findings")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write a page there")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        result = run(args)
+        if args.report is not None:
+            from polar_xtuner.report import write_data_report
+
+            write_data_report(args.report, result)
+    except (ValueError, OSError) as error:
+        sys.exit(f"check_data.py: {error}")
+    print(json.dumps(result.as_dict()) if args.json else shown(result))
+    sys.exit(int(result.refused))
+
+
+if __name__ == "__main__":
+    main()
