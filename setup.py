@@ -34,7 +34,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["polar_xtuner", "polar_xtuner.*"]),
-    package_data={"polar_xtuner": ["golden_data/*.json"]},
+    package_data={"polar_xtuner": ["golden_data/*.json"], "polar_xtuner.report": ["templates/*"]},
     python_requires=">=3.10,<3.13",
     install_requires=["numpy", "tokenizers", "huggingface_hub", "aiohttp>=3.9", "tqdm"],
     extras_require={
@@ -42,6 +42,6 @@ setup(
         "score": SCORE,
         "eval": [*SCORE, *EVAL],
         "flash": ["flash-attn>=2.1"],
-        "test": [*EVAL, "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+        "test": [*EVAL, "pytest", "pytest-xdist", "hypothesis", "selenium", "ruff", "mypy"],
     },
 )

@@ -1,0 +1,166 @@
+"""What mmengine has logged of a run, read back as curves.
+
+Every start of a run has a folder of its own in the work dir, named by the time, with
+`vis_data/scalars.json`: one JSON object a log line. A line of training has `iter`; one of
+validation has none, and its figures are named by their set, as `val/accuracy`.
+
+A start that resumes a run stands for all that comes after the step it begins at: what an earlier
+one logged from there on was lost with the weights. So a curve is cut where the next start begins,
+and never goes back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LOG = "vis_data/scalars.json"
+
+_NO_FIGURE = {"step", "iter", "epoch"}
+_OF_NO_VALIDATION = {"time", "data_time"}  # mmengine's, of a batch
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A figure over a run.
+
+    Attributes:
+        steps: (N,) int64, iterations, rising.
+        values: (N,) float64; what was not finite is so here.
+    """
+
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+    def smoothed(self, weight: float) -> Curve:
+        """The exponential moving average that weighs a value `weight` times the one after it.
+
+        Its start is not drawn to zero: the weights of the values so far always add up to 1. What is
+        not finite is left out of it.
+        """
+        values = np.empty_like(self.values)
+        total = weights = 0.0
+        for i, value in enumerate(self.values):
+            if np.isfinite(value):
+                total = total * weight + value
+                weights = weights * weight + 1
+                values[i] = total / weights
+            else:
+                values[i] = value
+        return Curve(self.steps, values)
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """All curves of a run by their names in the log, those of training and those of validation."""
+
+    name: str
+    training: dict[str, Curve]
+    validation: dict[str, Curve]
+
+
+def read_runs(work_dirs: Sequence[Path]) -> list[RunLog]:
+    """The logs of several work dirs, in order; each is read once.
+
+    Runs are named by their folders; where two have one name, by as much of the path as tells them
+    apart.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_run`.
+    """
+    folders = list(dict.fromkeys(work_dir.resolve() for work_dir in work_dirs))
+    return [read_run(folder, name) for folder, name in zip(folders, _names(folders))]
+
+
+def read_run(work_dir: Path, name: str) -> RunLog:
+    """The log of a work dir, or of one start of it.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no log in it.
+        ValueError: a line, other than the last of a file, is not one of mmengine's.
+    """
+    if not work_dir.is_dir():
+        raise FileNotFoundError(f"no such folder: {work_dir}")
+    logs = sorted(work_dir.glob(f"*/{LOG}")) or list(work_dir.glob(LOG))
+    if not logs:
+        raise FileNotFoundError(
+            f"{work_dir} is no work dir of a run, it holds no {LOG} (written with the first log "
+            "line, by LocalVisBackend)"
+        )
+    training = _Curves()
+    validation = _Curves()
+    for log in logs:
+        training.start()
+        validation.start()
+        for line in _lines(log):
+            if "iter" in line:
+                training.add(line, _NO_FIGURE)
+            else:
+                validation.add(line, _NO_FIGURE | _OF_NO_VALIDATION)
+    return RunLog(name, training.finished(), validation.finished())
+
+
+def _lines(log: Path) -> Iterable[dict[str, Any]]:
+    lines = log.read_bytes().splitlines()
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            yield line
+        elif number < len(lines):  # the last one may be half written
+            raise ValueError(f"{log}:{number} is no log line of mmengine, which has a step")
+
+
+class _Curves:
+    """Curves that grow line by line, over the starts of a run."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, dict[str, float]] = {}
+        self._started = False
+
+    def start(self) -> None:
+        """What follows is of another start."""
+        self._started = True
+
+    def add(self, line: dict[str, Any], others: set[str]) -> None:
+        step = line["step"]
+        if self._started:
+            self._values = {s: values for s, values in self._values.items() if s < step}
+            self._started = False
+        figures = {
+            name: float(value)
+            for name, value in line.items()
+            if name not in others and isinstance(value, (int, float))
+        }
+        self._values.setdefault(step, {}).update(figures)
+
+    def finished(self) -> dict[str, Curve]:
+        names = dict.fromkeys(name for values in self._values.values() for name in values)
+        curves = {}
+        for name in names:
+            points = sorted(
+                (s, values[name]) for s, values in self._values.items() if name in values
+            )
+            steps, values = zip(*points)
+            curves[name] = Curve(np.array(steps, np.int64), np.array(values, np.float64))
+        return curves
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that are all different."""
+    names: list[str] = []
+    for folder in folders:
+        for length in range(1, len(folder.parts) + 1):
+            end = folder.parts[-length:]
+            if sum(other.parts[-length:] == end for other in folders) == 1:
+                break
+        names.append("/".join(end))
+    return names
