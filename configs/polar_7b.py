@@ -28,6 +28,8 @@ penalty_weight = 0.01  # weight of the penalty
 
 # Data
 data_files = "data/train.jsonl"  # a file, glob or folder; several: data_files=a.jsonl,b.jsonl
+val_data_files = None  # rows to validate on; sets: dict(NAME=FILES); None: no validation
+test_data_files = None  # the same, for xtuner test
 dataset_map_fn = None  # turns an example into a row: a name in MAP_FUNC, or package.module.function
 on_bad_row = "error"  # error: name the bad rows and stop | skip: leave them out and count them
 on_long_group = "error"  # the same for pairs that are longer than a pack
@@ -51,9 +53,15 @@ max_norm = 1  # gradients are clipped to this norm
 warmup_ratio = 0.03  # share of the run over which the learning rate rises
 final_lr_ratio = 0.1  # share of the learning rate that the cosine ends at
 
+# Validate
+val_steps = 500  # iterations between validations; there is one at the end as well
+val_controls = False  # also with shuffled references, and whether length explains the rewards
+val_scores_file = None  # "scores/{iter}.parquet" or .jsonl: the rewards of every row
+
 # Save & log
 save_steps = 500  # iterations between checkpoints
 save_total_limit = 2  # checkpoints to keep; -1 keeps all
+save_best = None  # a validation figure, "val/accuracy": also keep the best weights by it
 time_limit = None  # "23:30:00": time after the start at which to save and stop; None: no limit
 resume_changed = False  # True: resume although data, limits, seed or packing have changed
 log_interval = 10  # iterations between log lines, at which the host waits for the GPU
@@ -121,6 +129,17 @@ train_dataloader = dict(
     collate_fn=dict(type="collate_pack"),
 )
 
+# What these leave unsaid is as in train_dataloader.
+val_dataloader = dict(dataset=dict(data_files=val_data_files))
+val_evaluator = dict(type="PolarMetric", length_bias=val_controls, scores_file=val_scores_file)
+val_cfg = dict(type="PolarValLoop", shuffled_references=val_controls)
+
+test_dataloader = dict(dataset=dict(data_files=test_data_files))
+test_evaluator = dict(
+    type="PolarMetric", prefix="test", length_bias=val_controls, scores_file=val_scores_file
+)
+test_cfg = dict(type="PolarTestLoop", shuffled_references=val_controls)
+
 #######################################################################
 #                    PART 4  Scheduler & optimizer                    #
 #######################################################################
@@ -143,6 +162,7 @@ param_scheduler = dict(
 train_cfg = dict(
     type="PolarTrainLoop",
     max_epochs=max_epochs,
+    val_interval=val_steps,
     time_limit=time_limit,
     resume_changed=resume_changed,
 )
@@ -161,6 +181,7 @@ default_hooks = dict(
         by_epoch=False,
         interval=save_steps,
         max_keep_ckpts=save_total_limit,
+        save_best=save_best,
     ),
 )
 
@@ -182,4 +203,4 @@ log_level = "INFO"
 load_from = None  # a checkpoint to start from, or to resume
 resume = False  # True resumes from load_from, or from the newest checkpoint of the work dir
 randomness = dict(seed=seed, deterministic=False)
-log_processor = dict(by_epoch=False)
+log_processor = dict(type="PolarLogProcessor", by_epoch=False)

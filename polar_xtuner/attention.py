@@ -105,22 +105,34 @@ def choose_backend(
             sequence-parallel group cannot divide.
         RuntimeError: the backend disagrees with the reference; the message has the numbers.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}")
-    reason = _why_no_flash(device, dtype)
-    if name == "flash_attn" and reason:
-        raise ValueError(f"attention='flash_attn' cannot run here: {reason}")
+    backend, reason = backend_for(name, device, dtype)
     check_heads(heads, kv_heads)
     size = sequence_parallel_size()
     attention = sdpa_attention
-    if name == "sdpa" or reason:
-        logger.info("attention: sdpa%s", f" ({reason})" if name == "auto" else "")
+    if backend == "sdpa":
+        logger.info("attention: sdpa%s", f" ({reason})" if reason else "")
     else:
         attention = flash_attention
         share = (heads // size, kv_heads // size, head_dim)
         difference = check_backend(attention, device, dtype, *share)
         logger.info("attention: flash_attn (off the reference by at most %.1e)", difference)
     return attention if size == 1 else exchanged(attention)
+
+
+def backend_for(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that a name stands for, and why it is not flash_attn where `auto` is not.
+
+    Raises:
+        ValueError: unknown name, or flash_attn where it cannot run.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "sdpa":
+        return name, ""
+    reason = _why_no_flash(device, dtype)
+    if name == "flash_attn" and reason:
+        raise ValueError(f"attention='flash_attn' cannot run here: {reason}")
+    return ("sdpa" if reason else "flash_attn"), reason
 
 
 def _why_no_flash(device: torch.device, dtype: torch.dtype) -> str:

@@ -34,14 +34,20 @@ from polar_xtuner.packing import attended_pairs
 
 logger = logging.getLogger(__name__)
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 """Part of every cache key: raise it whenever the arrays of a store change their meaning."""
 
 PAIR = np.dtype(
-    [("chosen", "i4"), ("rejected", "i4"), ("margin", "f8"), ("file", "i4"), ("line", "i8")]
+    [
+        *(("chosen", "i4"), ("rejected", "i4")),  # its candidates, numbered within the group
+        ("margin", "f8"),
+        *(("file", "i4"), ("line", "i8")),  # of its row; files by number
+        ("source", "i4"),  # of its row, by number
+        *(("chosen_index", "i4"), ("rejected_index", "i4")),  # in the row's lists of candidates
+        *(("chosen_length", "i4"), ("rejected_length", "i4")),  # characters
+    ]
 )
-"""A pair of a group: its two candidates, numbered within the group, and the margin, number of the
-file and line of its row."""
+"""A pair of a group, and where it comes from."""
 
 ARRAYS: dict[str, Any] = {
     "tokens": np.dtype("u4"),  # all groups' ids, one after the other

@@ -230,16 +230,30 @@ def atomic_file(path: Path) -> Iterator[Any]:
         raise
 
 
+RULES = {
+    **dict.fromkeys(("accuracy", "accuracy_low", "margin", "accuracy_longer_wrong"), "greater"),
+    **dict.fromkeys(("loss", "ece", "ece_at_temperature", "ties"), "less"),
+}
+"""Which is better of the figures that a best checkpoint can be kept by."""
+
+
 @HOOKS.register_module()
 class PolarCheckpointHook(CheckpointHook):  # type: ignore[misc]
     """mmengine's hook, whose checkpoints are whole or not there.
 
     It removes an old checkpoint only after a newer one is on the disk, and says so when one could
-    not be written; the last one of a run must be. Takes the arguments of mmengine's.
+    not be written; the last one of a run must be. Takes the arguments of mmengine's; of the figures
+    of `PolarMetric` it knows whether more or less is better (`save_best`).
 
     Raises:
         CheckpointError: after the run, if its last checkpoint could not be written.
     """
+
+    def __init__(self, *args: Any, save_best: Any = None, rule: Any = None, **options: Any) -> None:
+        if save_best is not None and rule is None:
+            names = [save_best] if isinstance(save_best, str) else save_best
+            rule = [RULES.get(name.rpartition("/")[2]) for name in names]
+        super().__init__(*args, save_best=save_best, rule=rule, **options)
 
     def before_train(self, runner: Any) -> None:
         super().before_train(runner)

@@ -94,7 +94,7 @@ class PackLayout:
 
 
 def collate_pack(instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The single pack of `instances` as `{"data": tensors, "data_samples": {"rows"}}`.
+    """The single pack of `instances` as `{"data": tensors, "data_samples": {"rows", "pairs"}}`.
 
     `data` has
         input_ids_T, position_ids_T: int64; a suffix starts again at position len(prefix).
@@ -102,6 +102,7 @@ def collate_pack(instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         reward_rows_C: int64, where each candidate's reward token stands in the pack.
         chosen_P, rejected_P: int64, the candidates of each pair.
         pair_weights_P, margins_P: float64.
+    `rows` says where the pack's rows stand, `pairs` is (P,) of dtype `cache.PAIR`.
 
     Raises:
         ValueError: not exactly one instance.
@@ -125,7 +126,7 @@ def collate_pack(instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         rejected.append(candidates + group.pairs["rejected"])
         start += int(ends[-1])
         candidates += len(suffixes)
-    margins = np.concatenate([g.pairs["margin"] for g in groups])
+    pairs = np.concatenate([g.pairs for g in groups])
     data = {
         "input_ids_T": _long(tokens),
         "position_ids_T": _long(positions),
@@ -133,10 +134,10 @@ def collate_pack(instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "reward_rows_C": _long(reward_rows),
         "chosen_P": _long(chosen),
         "rejected_P": _long(rejected),
-        "pair_weights_P": torch.full((len(margins),), pack["pair_weight"], dtype=torch.float64),
-        "margins_P": torch.from_numpy(margins),
+        "pair_weights_P": torch.full((len(pairs),), pack["pair_weight"], dtype=torch.float64),
+        "margins_P": torch.from_numpy(pairs["margin"].copy()),
     }
-    return {"data": data, "data_samples": {"rows": pack["rows"]}}
+    return {"data": data, "data_samples": {"rows": pack["rows"], "pairs": pairs}}
 
 
 def _offsets(lengths: list[int]) -> Tensor:

@@ -107,7 +107,7 @@ def let_settings_follow_cfg_options() -> None:
     Without: `--cfg-options lr=1e-5` changes the variable `lr` and nothing that was computed from
     it, so the run goes on with the old value and does not say so. With: the file and its bases
     are run again as if the assignment to that name said the new value, and what comes out
-    otherwise is taken over.
+    otherwise is taken over. `val_data_files.NAME=...` makes a dict of a setting that is None.
     """
     merge = Config.merge_from_dict
     if getattr(merge, "follows_settings", False):
@@ -119,6 +119,10 @@ def let_settings_follow_cfg_options() -> None:
             for name, value in options.items()
             if name in self and not isinstance(self[name], dict)
         }
+        for name, value in options.items():
+            setting, _, key = name.partition(".")
+            if key and "." not in key and setting in self and self[setting] is None:
+                settings.setdefault(setting, {})[key] = value
         # `Config.fromstring` names a file that is gone.
         has_file = self.filename and Path(self.filename).is_file()
         if settings and has_file and not Config._is_lazy_import(self.filename):
@@ -218,20 +222,58 @@ def convert_checkpoints_of_any_kind() -> None:
             model = ConfigDict({**model, "lora": lora, **changes})
         return BUILDER.build(model)
 
-    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        from polar_xtuner.checkpoint import CheckpointError
-        from polar_xtuner.conversion import ConversionError
-
-        if issubclass(kind, (CheckpointError, ConversionError, OSError)):
-            print(f"\nnot converted: {' '.join(str(error).split())}", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, trace)
-
     script.__dict__.update(
         guess_load_checkpoint=load,
         set_module_tensor_to_device=put,
         BUILDER=SimpleNamespace(build=build),
     )
+    _say_in_a_line("not converted")
+
+
+def test_checkpoints_of_any_kind() -> None:
+    """xtuner's test script loads the checkpoint with `weights_only=False` and into whatever has its
+    tensors' names, which with several processes nothing has; the runner then loads the config's
+    `load_from` over it, and has tokenised the training data before.
+
+    Without: `xtuner test` runs the code that a hostile checkpoint brings; and with several
+    processes, or with `load_from`, it tests other weights than those it was given.
+    """
+    script = sys.modules["__main__"]
+    if Path(getattr(script, "__file__", None) or "").name != "test.py" or not hasattr(
+        script, "guess_load_checkpoint"
+    ):
+        return
+    runners: list[Any] = []
+
+    def build(cfg: Config) -> Any:
+        from mmengine.registry import RUNNERS
+
+        if cfg.runner_type == "PolarRunner":
+            cfg.runner_type = "PolarTestRunner"
+        runners.append(RUNNERS.build(cfg))
+        return runners[0]
+
+    def load(path: str | None) -> dict[str, Any]:
+        if path is not None:
+            runners[0].load_weights(path)
+        return {}  # nothing is left for the script to load
+
+    script.__dict__.update(RUNNERS=SimpleNamespace(build=build), guess_load_checkpoint=load)
+    _say_in_a_line("not tested")
+
+
+def _say_in_a_line(what: str) -> None:
+    """What is wrong with a checkpoint is no matter for a traceback."""
+
+    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        from polar_xtuner.checkpoint import CheckpointError
+        from polar_xtuner.conversion import ConversionError
+
+        if issubclass(kind, (CheckpointError, ConversionError, OSError)):
+            print(f"\n{what}: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
     sys.excepthook = report
 
 
@@ -343,6 +385,7 @@ allow_checkpoint_globals()
 stand_in_for_triton_ops()
 let_settings_follow_cfg_options()
 convert_checkpoints_of_any_kind()
+test_checkpoints_of_any_kind()
 let_cpus_compute_in_bfloat16()
 leave_deepspeeds_shared_memory_op_unbuilt()
 read_seed_of_sound_checkpoint()

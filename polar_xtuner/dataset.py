@@ -15,10 +15,11 @@ import hashlib
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from datasets import Dataset as HFDataset
@@ -29,6 +30,7 @@ from torch.utils.data import Dataset
 from xtuner.registry import BUILDER, MAP_FUNC
 
 from polar_xtuner.cache import STORE_VERSION, Group, TokenStore, attended_by, open_or_build
+from polar_xtuner.controls import shuffle_references
 from polar_xtuner.packing import Pack, Plan, Share, plan_epoch
 from polar_xtuner.records import BadRow, Row, RowCheck, find_files, map_rows, read_rows
 from polar_xtuner.splitting import split_pairs
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 Ints = NDArray[np.int64]
 
 IGNORED_LABEL = -100
+SHUFFLE_SEED = 0
 
 
 @BUILDER.register_module()
@@ -49,7 +52,8 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
 
     Args:
         tokenizer: a tokenizer or the config of one.
-        data_files: a file, glob or folder, or a list of these (`records.find_files`).
+        data_files: a file, glob or folder, or a list of these (`records.find_files`); or a dict of
+            such, whose keys name sets that are evaluated apart.
         dataset: a Hugging Face dataset or the config of one; give this or `data_files`.
         dataset_map_fn: turns an example into a row; a function, or its name in `MAP_FUNC`.
         max_length, max_response_length, separator_token_id, reward_token_id: see `PolarTemplate`.
@@ -58,6 +62,8 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
             distinct candidate is computed once; False makes a group of every pair.
         on_bad_row: "error" stops before anything is tokenised, "skip" drops and counts.
         on_long_group: what to do with a pair that is longer than a pack: "error" or "skip".
+        shuffled_references: give every row the reference of another prompt of its set
+            (`controls.shuffle_references`): what a model that reads references cannot judge.
         num_proc: processes that tokenise; None is one a core, 16 at most.
         cache_dir: where stores live; None is `$XDG_CACHE_HOME/polar_xtuner`.
 
@@ -66,12 +72,10 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         ValueError: a pair cannot fit a pack and `on_long_group` is "error"; no row is left.
     """
 
-    metainfo: ClassVar[dict[str, Any]] = {}  # mmengine's loop asks every dataset for it
-
     def __init__(
         self,
         tokenizer: Any,
-        data_files: str | Sequence[str] | None = None,
+        data_files: str | Sequence[str] | Mapping[str, Any] | None = None,
         dataset: Any = None,
         dataset_map_fn: str | Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         max_length: int = 16384,
@@ -82,6 +86,7 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         reward_token_id: int | None = None,
         on_bad_row: str = "error",
         on_long_group: str = "error",
+        shuffled_references: bool = False,
         num_proc: int | None = None,
         cache_dir: str | None = None,
     ) -> None:
@@ -106,7 +111,9 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         source = _FileRows(data_files, map_fn) if dataset is None else _HFRows(dataset, map_fn)
         self._names = source.names
 
-        key = hashlib.sha256(f"{STORE_VERSION} {group_candidates} {on_bad_row}".encode())
+        shuffled = source.sets if shuffled_references else []
+        options = f"{STORE_VERSION} {group_candidates} {on_bad_row} {shuffled}"
+        key = hashlib.sha256(options.encode())
         fingerprints = source.fingerprint(), template.fingerprint
         for part in fingerprints:
             key.update(part.encode())
@@ -114,7 +121,7 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
             Path(cache_dir) if cache_dir else _default_cache_dir(),
             key.hexdigest()[:32],
             lambda writer: tokenise(
-                source.rows(),
+                _shuffled(source) if shuffled_references else source.rows(),
                 template,
                 writer,
                 names=source.names,
@@ -124,6 +131,13 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
             ),
         )
         """All groups, those too long for a pack included."""
+        self.metainfo = {
+            "files": source.names,
+            "sets": source.sets,
+            "sources": self.store.meta["sources"],
+        }
+        """What the numbers of a pair's file, that file's set and its source stand for: the name of
+        each file, of the set of each file ("" where sets have no names), and of each source."""
         self._parts: list[tuple[int, Ints]] = []
         self._whole, self.lengths, self.pair_counts, self.attended = self._fit(on_long_group)
         if not len(self.lengths):
@@ -265,9 +279,19 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
 
 class _FileRows:
     def __init__(self, data_files: Any, map_fn: Callable[..., Any] | None) -> None:
-        self._files = find_files(data_files)
+        sets = dict(data_files) if isinstance(data_files, Mapping) else {"": data_files}
+        found = [(file, name) for name, files in sets.items() for file in find_files(files)]
+        twice = [file for file, times in Counter(file for file, _ in found).items() if times > 1]
+        if twice or not found:
+            raise ValueError(
+                f"data_files: {twice[0]} is in two sets: name it once"
+                if twice
+                else "data_files is an empty dict: name a set of files, or give None"
+            )
+        self._files = [file for file, _ in found]
         self._map_fn = map_fn
-        self.names = [str(f) for f in self._files]
+        self.names = [str(file) for file in self._files]
+        self.sets = [name for _, name in found]
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(_hash_of(self._map_fn).encode())
@@ -279,8 +303,9 @@ class _FileRows:
             digest.update(content.digest())
         return digest.hexdigest()
 
-    def rows(self) -> Iterator[Row | BadRow]:
-        return read_rows(self._files, self._map_fn)
+    def rows(self, of_set: str | None = None) -> Iterator[Row | BadRow]:
+        files = [f for f, name in zip(self._files, self.sets) if of_set in (None, name)]
+        return read_rows(files, self._map_fn)
 
 
 class _HFRows:
@@ -300,12 +325,18 @@ class _HFRows:
                 f"{type(self._dataset).__name__}: for files use data_files="
             )
         self.names = [self._dataset.info.builder_name or "dataset"]
+        self.sets = [""]
 
     def fingerprint(self) -> str:
         return f"{self._dataset._fingerprint} {_hash_of(self._map_fn)}"
 
-    def rows(self) -> Iterator[Row | BadRow]:
+    def rows(self, of_set: str | None = None) -> Iterator[Row | BadRow]:
         return map_rows(self._dataset, self.names[0], self._map_fn)
+
+
+def _shuffled(source: _FileRows | _HFRows) -> Iterator[Row | BadRow]:
+    for name in dict.fromkeys(source.sets):
+        yield from shuffle_references(source.rows(name), SHUFFLE_SEED)
 
 
 def _built(value: Any) -> Any:

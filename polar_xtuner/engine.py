@@ -32,12 +32,16 @@ from polar_xtuner.checks import (
     unwrapped,
 )
 from polar_xtuner.collate import collate_pack
-from polar_xtuner.interruption import STOPPED, Agreement, Interruption, ignore_signals
+from polar_xtuner.conversion import ConversionError, load_weights
+from polar_xtuner.interruption import STOPPED, Agreement, Interruption, quieten
 from polar_xtuner.metrics import Interval, peak_flops
 from polar_xtuner.modeling_internlm2 import first_names
 from polar_xtuner.optim import PolarOptimWrapper, WarmupCosineLR
+from polar_xtuner.overview import overview
 from polar_xtuner.resume import RECORD, find_checkpoint, record_of, settle
 from polar_xtuner.sampler import PackSampler
+from polar_xtuner.val_log import PolarLogProcessor  # noqa: F401
+from polar_xtuner.validation import PolarValLoop, build_evaluation, check_save_best
 
 for registry in (BUILDER, FUNCTIONS):
     registry.register_module(module=collate_pack, name="collate_pack")
@@ -153,7 +157,8 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
                 seed_is_set=runner.cfg.get("randomness", {}).get("seed") is not None,
                 changed=resume_changed,
             )
-        epochs = int(max_epochs or 0)
+        self.epochs = epochs = int(max_epochs or 0)
+        """Of the run, 0 where its length is `max_iters`."""
         iterations = max_iters or sampler.iterations(epochs)
         if checkpoint is not None and self._resumed_at >= iterations:
             logger.warning("%s stands at the end of the run: nothing is left to do", checkpoint)
@@ -178,17 +183,17 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         runner, sampler = self.runner, self.dataloader.sampler
         check_model(runner, self.dataloader.dataset)
         self._take_up()
-        if runner.val_loop is not None:
-            _quieten(runner.val_loop.dataloader)
+        check_save_best(runner, self.validation)
         runner.log_processor.window_size = 1  # what is logged is of a whole interval already
         self._interval = _interval(runner, self.dataloader.dataset.max_packed_length)
         self._rows: dict[int, list[str]] = {}
         runner.call_hook("before_train")
+        logger.info("%s", overview(runner, self))
         runner.call_hook("before_train_epoch")
         sampler.start_iter = self._iter
         batches = iter(self.dataloader)
         if self._resumed_at and self._validates(self._iter):
-            runner.val_loop.run()  # which a stop may have left out
+            self._validate(agreement)  # which a stop may have left out
         runner.model.train()
         while self._iter < self._max_iters and not self.stop_training:
             self._interval.start()
@@ -199,11 +204,9 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
             ends_step = self._iter % sampler.accumulative_counts == 0
             asked = ends_step and agreement.any(self.interruption.is_due())
             if asked and self._iter < self._max_iters:
-                agreement.close()
-                self._stop(self.interruption.reason or "another process")
+                self._stop(agreement)
             if self._validates(self._iter):
-                runner.val_loop.run()
-                runner.model.train()
+                self._validate(agreement)
         agreement.close()
         self._check()
         runner.call_hook("after_train_epoch")
@@ -224,9 +227,27 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
             if isinstance(scheduler, WarmupCosineLR):
                 scheduler.continue_at(self._iter, *self._changed_at)
 
-    def _stop(self, reason: str) -> NoReturn:
+    @property
+    def validation(self) -> Any:
+        """The loop that validates, None where no data are named for it."""
+        loop = self.runner.val_loop
+        if loop is not None and not isinstance(loop, PolarValLoop):
+            raise ValueError(
+                f"this loop validates with val_cfg.type=PolarValLoop, got {type(loop).__name__}"
+            )
+        return None if loop is None or loop.is_idle else loop
+
+    def _validate(self, agreement: Agreement) -> None:
+        """Validate, or stop if asked to meanwhile: a resumed run begins with it again."""
+        metrics = self.validation.run(lambda: agreement.any(self.interruption.is_due()))
+        if metrics is None:
+            self._stop(agreement)
+        self.runner.model.train()
+
+    def _stop(self, agreement: Agreement) -> NoReturn:
         """Write a checkpoint of the iterations so far and end the process."""
-        runner = self.runner
+        agreement.close()
+        runner, reason = self.runner, self.interruption.reason or "another process"
         self._check()
         self._iter -= 1  # as hooks see it after an iteration
         hooks = [hook for hook in runner.hooks if isinstance(hook, PolarCheckpointHook)]
@@ -296,7 +317,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
     def _validates(self, done: int) -> bool:
         """Whether validation follows that many iterations."""
         due = done % self.val_interval == 0 or done == self._max_iters
-        return self.runner.val_loop is not None and done >= self.val_begin and due
+        return due and done >= self.val_begin and self.validation is not None
 
     def _check(self) -> None:
         """Raise NonFiniteError, on every rank, if an iteration since the last was not finite."""
@@ -333,27 +354,10 @@ def build_dataloader(runner: Any, config: Any, model: Any) -> Any:
             "PolarTrainLoop needs train_dataloader.sampler.type=PackSampler, got "
             f"{type(sampler).__name__}"
         )
-    _quieten(dataloader)
+    quieten(dataloader)
     # Before the first plan, which balances what packs cost.
     sampler.model_shape = shape_of(model)
     return dataloader
-
-
-def _quieten(dataloader: Any) -> None:
-    """Let the dataloader's processes outlive signals that the run hears."""
-    dataloader.worker_init_fn = _QuietWorker(dataloader.worker_init_fn)
-
-
-class _QuietWorker:
-    """Starts a process that prepares data and does not hear signals."""
-
-    def __init__(self, init: Any) -> None:
-        self._init = init
-
-    def __call__(self, worker: int) -> None:
-        ignore_signals()
-        if self._init is not None:
-            self._init(worker)
 
 
 @RUNNERS.register_module()
@@ -364,12 +368,53 @@ class PolarRunner(Runner):  # type: ignore[misc]
     mmengine's `FlexibleRunner` takes its place, and does so by itself.
     """
 
+    tests = False
+    """Whether it is going to test."""
+
     def build_model(self, model: Any) -> Any:
         loader: Any = self._train_dataloader  # type: ignore[has-type]
         if isinstance(loader, dict) and loader["sampler"]["type"] in ("PackSampler", PackSampler):
             self._train_dataloader = build_dataloader(self, loader, model)
             len(self._train_dataloader.sampler)
+        for given in (self._val_dataloader, self._test_dataloader if self.tests else None):
+            if isinstance(given, dict):
+                build_evaluation(self, given)  # tokenised; the loop builds its own
         return super().build_model(model)
+
+
+TRAINING = (
+    *("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "load_from"),
+    *("val_dataloader", "val_cfg", "val_evaluator"),
+)
+
+
+@RUNNERS.register_module()
+class PolarTestRunner(PolarRunner):
+    """What `xtuner test` runs: it neither looks at training data nor builds an optimizer."""
+
+    tests = True
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**{**parts, **dict.fromkeys(TRAINING), "resume": False})
+
+    def dump_config(self) -> None:
+        """Nothing: the work dir keeps the config that the run was trained with."""
+
+    def load_weights(self, path: str) -> None:
+        """Take the weights of a checkpoint of any kind (`conversion.open_checkpoint`).
+
+        Raises:
+            CheckpointError, ConversionError: it cannot be read, or is of another model.
+        """
+        model, state = unwrapped(self.model), load_weights(path)
+        lacking = sorted(set(model.state_dict()) - set(state))
+        result = model.load_state_dict(state, strict=False)
+        for problem, names in (("lacks", lacking), ("has unknown", result.unexpected_keys)):
+            if names:
+                raise ConversionError(
+                    f"{path} {problem} {len(names)} tensors of this model: {first_names(names)}. "
+                    "Test with the config and the --cfg-options of the run that wrote it"
+                )
 
 
 def _seconds(limit: str | float) -> float:

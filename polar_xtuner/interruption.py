@@ -148,5 +148,22 @@ def ignore_signals(*_: Any) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def quieten(dataloader: Any) -> None:
+    """Let the dataloader's processes outlive signals that the run hears."""
+    dataloader.worker_init_fn = _QuietWorker(dataloader.worker_init_fn)
+
+
+class _QuietWorker:
+    """Starts a process that prepares data and does not hear signals."""
+
+    def __init__(self, init: Any) -> None:
+        self._init = init
+
+    def __call__(self, worker: int) -> None:
+        ignore_signals()
+        if self._init is not None:
+            self._init(worker)
+
+
 def _ignore(number: int, frame: Any) -> None:
     """The thread has heard of it."""

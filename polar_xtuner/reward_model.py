@@ -136,8 +136,9 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
 
     def forward(
         self, data: dict[str, Any], data_samples: Any = None, mode: str = "tensor"
-    ) -> Tensor | dict[str, Tensor]:
-        """`tensor`: (C,) rewards of the pack's candidates. `loss`: a dict of `loss`, a scalar, and
+    ) -> Tensor | dict[str, Tensor] | list[dict[str, Tensor]]:
+        """`tensor`: (C,) rewards of the pack's candidates. `predict`: those of its pairs, a list of
+        one dict of `chosen` and `rejected`, (P,) each. `loss`: a dict of `loss`, a scalar, and
         `sums`, what the pack adds to `metrics.PAIR_SUMS`; both of this rank.
 
         Raises:
@@ -150,9 +151,11 @@ class PolarRewardModel(BaseModel):  # type: ignore[misc]
         rewards_C = rewards_of(self.v_head, hidden_TE, data["reward_rows_C"])
         if mode == "tensor":
             return rewards_C
+        if mode == "predict":
+            return [{side: rewards_C[data[f"{side}_P"]] for side in ("chosen", "rejected")}]
         if mode == "loss":
             return self._losses(rewards_C, data)
-        raise ValueError(f"mode must be 'tensor' or 'loss', got {mode!r}")
+        raise ValueError(f"mode must be 'tensor', 'predict' or 'loss', got {mode!r}")
 
     def _losses(self, rewards_C: Tensor, data: dict[str, Any]) -> dict[str, Tensor]:
         chosen_P, rejected_P = data["chosen_P"], data["rejected_P"]

@@ -163,3 +163,31 @@ class PackSampler(Sampler[Pack]):
                 plan.ranks * plan.accumulation,
             )
         return plan
+
+
+@DATA_SAMPLERS.register_module()
+class EvaluationSampler(Sampler[Pack]):
+    """This rank's packs of all groups, once; every rank gets as many.
+
+    Where there are too few packs for all, some hold a group that counts elsewhere, at weight 0.
+    """
+
+    def __init__(self, dataset: PolarDataset, seed: int = 0) -> None:
+        groups = np.arange(len(dataset.lengths))
+        self._plan = plan_epoch(
+            dataset.lengths,
+            dataset.pair_counts,
+            dataset.lengths,
+            dataset.max_packed_length,
+            seed=seed,
+            ranks=data_parallel_size(),
+            # As if it were the rest of an epoch: there may be fewer groups than ranks.
+            rest=np.stack([groups, np.zeros_like(groups), dataset.pair_counts], axis=1),
+        )
+
+    def __len__(self) -> int:
+        return self._plan.iterations
+
+    def __iter__(self) -> Iterator[Pack]:
+        for iteration in range(len(self)):
+            yield self._plan.pack(iteration, data_parallel_rank())

@@ -55,7 +55,7 @@ def tokenise(
         num_proc: processes; None is one a core, 16 at most.
 
     Returns:
-        `rows` and `bad_rows`, counted.
+        `rows` and `bad_rows`, counted; `sources`, named by the rows, whose numbers pairs hold.
 
     Raises:
         BadRowsError: rows are bad and `on_bad_row` is "error".
@@ -63,10 +63,11 @@ def tokenise(
     """
     check, uncut = RowCheck(on_bad_row), RowCheck(on_bad_row)
     path = writer.folder / "rows.spool"
+    sources = {"": 0}
     try:
         with open(path, "wb") as file:
             good = tqdm(check.accept(rows), "Reading", unit=" rows", delay=1, mininterval=1)
-            index = np.fromiter(_spool(good, file, names), ENTRY)
+            index = np.fromiter(_spool(good, file, names, sources), ENTRY)
         if group_candidates:
             index = index[_grouped(index["key"])]
         chunks = [index[start:stop] for start, stop in _chunks(index, group_candidates)]
@@ -81,7 +82,11 @@ def tokenise(
         uncut.finish()
     finally:
         path.unlink(missing_ok=True)
-    return {"rows": uncut.rows - uncut.bad, "bad_rows": check.bad + uncut.bad}
+    return {
+        "rows": uncut.rows - uncut.bad,
+        "bad_rows": check.bad + uncut.bad,
+        "sources": [*sources],
+    }
 
 
 _EQUAL = "equals a rejected candidate once both are cut to the length limits"
@@ -98,17 +103,19 @@ class _Texts(NamedTuple):
     margin: float
     file: int
     line: int
+    source: int
 
 
 def _spool(
-    rows: Iterable[Row], file: IO[bytes], names: Sequence[str]
+    rows: Iterable[Row], file: IO[bytes], names: Sequence[str], sources: dict[str, int]
 ) -> Iterator[tuple[int, int, int, int]]:
-    """Write the texts of rows to `file` and give the index entry of each."""
+    """Write the texts of rows to `file` and give the index entry of each; number the sources."""
     numbers = {name: number for number, name in enumerate(names)}
     start = 0
     for row in rows:
         prefix = (row.prompt, row.reference, row.wrapper)
-        place = (row.margin, numbers[row.file], row.line)
+        source = sources.setdefault(row.source or "", len(sources))
+        place = (row.margin, numbers[row.file], row.line, source)
         data = marshal.dumps((*prefix, row.chosen, row.rejected, *place))
         file.write(data)
         texts = (*row.chosen, *row.rejected)
@@ -177,14 +184,22 @@ class _Job:
             pairs: list[tuple[Any, ...]] = []
             for row in members:
                 chosen, rejected = [
-                    [numbers.setdefault(next(ids), len(numbers)) for _ in texts]
+                    [
+                        (numbers.setdefault(next(ids), len(numbers)), index, len(text))
+                        for index, text in enumerate(texts)
+                    ]
                     for texts in (row.chosen, row.rejected)
                 ]
-                if set(chosen) & set(rejected):
+                if {c for c, *_ in chosen} & {r for r, *_ in rejected}:
                     bad.append(row)
                 else:
-                    place = (row.margin, row.file, row.line)
-                    pairs += [(*pair, *place) for pair in product(chosen, rejected)]
+                    place = (row.margin, row.file, row.line, row.source)
+                    pairs += [
+                        (c, r, *place, c_index, r_index, c_length, r_length)
+                        for (c, c_index, c_length), (r, r_index, r_length) in product(
+                            chosen, rejected
+                        )
+                    ]
             sequences = [*numbers]
             groups = [pairs] if self.group_candidates else [[pair] for pair in pairs]
             for group in filter(None, groups):

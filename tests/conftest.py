@@ -23,8 +23,9 @@ DATA_SETS = ("gsm8k", "pandalm", "mt_bench", "arena_hard")
 
 
 def pair_array(pairs: Any) -> Any:
-    """Pairs (chosen, rejected, margin), with or without file and line, as a group has them."""
-    return np.array([(*pair, 0, 0)[:5] for pair in pairs], PAIR)
+    """Pairs (chosen, rejected, margin), with or without what follows, as a group has them."""
+    fields = len(PAIR.names)
+    return np.array([(*pair, *[0] * fields)[:fields] for pair in pairs], PAIR)
 
 
 @pytest.fixture(scope="session")

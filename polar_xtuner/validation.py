@@ -1,0 +1,386 @@
+"""Evaluation by the runner: while a model trains, and by `xtuner test`.
+
+Rows are packed and share their prefixes as in training, and are spread over all ranks. Every rank
+sends the two rewards of each of its pairs to all others, so that figures are computed from the
+pairs themselves: a mean over ranks or packs is never taken, and a pair counts once however often a
+rank had to compute it to keep step with the others.
+
+What a dataloader to evaluate with leaves unsaid is as in `train_dataloader`: tokenizer, template,
+limits, packs. One that names no data does not validate.
+"""
+
+from __future__ import annotations
+
+from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks versions)
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from mmengine.dist import all_gather_object, is_main_process
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import LOOPS, METRICS
+from mmengine.runner.base_loop import BaseLoop
+from numpy.typing import NDArray
+
+from polar_xtuner.cache import PAIR
+from polar_xtuner.checkpoint import atomic_file
+from polar_xtuner.checks import deepspeed_config, unwrapped
+from polar_xtuner.evaluation import PairScores, length_figures, pair_figures
+from polar_xtuner.interruption import quieten
+from polar_xtuner.sampler import EvaluationSampler
+
+logger = logging.getLogger(__name__)
+
+Figures = dict[str, float]
+
+DATA = ("data_files", "dataset", "dataset_map_fn", "shuffled_references")
+"""What a dataset has of its own, whatever that of training says."""
+
+SHUFFLED = "shuffled_references"
+
+MOST_SOURCES = 32
+"""Sources whose figures are logged."""
+
+PLACE = ("file", "line", "chosen_index", "rejected_index")
+"""What tells a pair from all others."""
+
+
+def build_evaluation(runner: Any, given: Mapping[str, Any], **dataset: Any) -> Any:
+    """The dataloader of packs to evaluate; None if `given` names no data.
+
+    Args:
+        given: the config; its `dataset` as well is completed by that of training.
+        dataset: settings of the dataset that take precedence.
+    """
+    own = given.get("dataset") or {}
+    if not isinstance(own, Mapping):
+        return runner.build_dataloader(dict(given), seed=runner.seed)
+    if own.get("data_files") is None and own.get("dataset") is None:
+        return None
+    train = runner.cfg.get("train_dataloader") or {}
+    like = {k: v for k, v in (train.get("dataset") or {}).items() if k not in DATA}
+    config = {
+        **train,
+        "sampler": {"type": EvaluationSampler},
+        **given,
+        "dataset": {**like, **own, **dataset},
+    }
+    loader = runner.build_dataloader(config, seed=runner.seed)
+    quieten(loader)
+    return loader
+
+
+class _EvaluationLoop(BaseLoop):  # type: ignore[misc]
+    """All packs of a dataloader through the model, in the precision of training.
+
+    Args:
+        dataloader: or its config (`build_evaluation`).
+        evaluator: or its config, of `PolarMetric`.
+        shuffled_references: also evaluate with the reference of another prompt for every row, as
+            `<prefix>/shuffled_references/...`: a model that compares with references cannot do
+            better than chance there.
+    """
+
+    stage: ClassVar[str]
+
+    def __init__(
+        self, runner: Any, dataloader: Any, evaluator: Any, shuffled_references: bool = False
+    ) -> None:
+        config = dataloader if isinstance(dataloader, Mapping) else None
+        if config is not None:
+            dataloader = build_evaluation(runner, config)
+        super().__init__(runner, dataloader)
+        self.evaluator = _built(runner, evaluator)
+        self._shuffled = None
+        if shuffled_references and dataloader is not None:
+            if config is None:
+                raise ValueError(
+                    f"{self.stage}_cfg.shuffled_references builds a dataset of its own: give "
+                    f"{self.stage}_dataloader as a config"
+                )
+            self._shuffled = build_evaluation(runner, config, shuffled_references=True)
+
+    def names(self) -> list[str]:
+        """Of the figures that `PolarMetric` will give."""
+        self.evaluator.dataset_meta = self.dataloader.dataset.metainfo
+        metrics = [metric for metric in self.evaluator.metrics if isinstance(metric, PolarMetric)]
+        return [name for metric in metrics for name in metric.names()]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to evaluate."""
+        return self.dataloader is None
+
+    def run(self, is_asked_to_stop: Callable[[], bool] = lambda: False) -> Figures | None:
+        """The metrics, after the hooks have seen them.
+
+        Args:
+            is_asked_to_stop: called after each pack, with the same answer on every rank: if it is
+                True, evaluation ends there, and its result is None.
+        """
+        runner, stage = self.runner, self.stage
+        runner.call_hook(f"before_{stage}")
+        runner.call_hook(f"before_{stage}_epoch")
+        runner.model.eval()
+        metrics: Figures | None = {}
+        for dataloader, control in ((self.dataloader, ""), (self._shuffled, SHUFFLED)):
+            if dataloader is not None and metrics is not None:
+                found = self._evaluate(dataloader, control, is_asked_to_stop)
+                metrics = None if found is None else metrics | found
+        if metrics is not None:
+            runner.call_hook(f"after_{stage}_epoch", metrics=metrics)
+        runner.call_hook(f"after_{stage}")
+        return metrics
+
+    @torch.no_grad()
+    def _evaluate(
+        self, dataloader: Any, control: str, is_asked_to_stop: Callable[[], bool]
+    ) -> Figures | None:
+        runner, stage = self.runner, self.stage
+        self.evaluator.dataset_meta = {
+            **dataloader.dataset.metainfo,
+            "iteration": runner.iter,
+            "control": control,
+        }
+        for number, batch in enumerate(dataloader):
+            place = {"batch_idx": number, "data_batch": batch}
+            if not control:
+                runner.call_hook(f"before_{stage}_iter", **place)
+            with precision(runner):
+                outputs = getattr(runner.model, f"{stage}_step")(batch)
+            self.evaluator.process(outputs, batch)
+            if not control:
+                runner.call_hook(f"after_{stage}_iter", **place, outputs=outputs)
+            if is_asked_to_stop():
+                for metric in self.evaluator.metrics:
+                    metric.results.clear()
+                return None
+        return self.evaluator.evaluate(int(dataloader.dataset.pair_counts.sum()))
+
+
+@LOOPS.register_module()
+class PolarValLoop(_EvaluationLoop):
+    __doc__ = _EvaluationLoop.__doc__
+    stage = "val"
+
+
+@LOOPS.register_module()
+class PolarTestLoop(_EvaluationLoop):
+    __doc__ = _EvaluationLoop.__doc__
+    stage = "test"
+
+    def run(self, *args: Any) -> Figures | None:
+        if self.is_idle:
+            raise ValueError("there is nothing to test on: set test_data_files")
+        return super().run(*args)
+
+
+def check_save_best(runner: Any, validation: PolarValLoop | None) -> None:
+    """Raise ValueError if a checkpoint is to be kept by a figure that validation does not give."""
+    wanted = [
+        name
+        for hook in runner.hooks
+        if isinstance(hook, CheckpointHook)
+        for name in hook.save_best or []
+    ]
+    if wanted and validation is None:
+        raise ValueError(f"save_best={wanted[0]} needs rows to validate on: set val_data_files")
+    known = validation.names() if wanted and validation is not None else []
+    for name in wanted:
+        if name not in known:
+            near = get_close_matches(name, known, 3) or known[:8]
+            raise ValueError(
+                f"save_best={name}: validation has no such figure; it has {', '.join(near)}"
+            )
+
+
+def _built(runner: Any, evaluator: Any) -> Evaluator:
+    return evaluator if isinstance(evaluator, Evaluator) else runner.build_evaluator(evaluator)
+
+
+def precision(runner: Any) -> AbstractContextManager[Any]:
+    """What the config computes in while it trains: autocast, unless DeepSpeed decides."""
+    wrapper = runner.cfg.get("optim_wrapper") or {}
+    kind = wrapper.get("type", "")
+    dtype = wrapper.get("dtype")
+    if dtype is None and "Amp" in (kind if isinstance(kind, str) else kind.__name__):
+        dtype = "float16"  # its default
+    if dtype is None or deepspeed_config(runner) is not None:
+        return nullcontext()
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."))
+    device = next(unwrapped(runner.model).parameters()).device.type
+    return torch.autocast(device, dtype)
+
+
+@METRICS.register_module()
+class PolarMetric(BaseMetric):  # type: ignore[misc]
+    """Figures of the pairs (`evaluation.py`), of all ranks, at full precision.
+
+    `<prefix>/accuracy` and so on are of all pairs, `<prefix>/<set>/accuracy` of a named set
+    (`data_files` is a dict), `<prefix>/source/<source>/accuracy` of the rows of a `source`.
+
+    Args:
+        prefix: of the figures' names.
+        length_bias: add `evaluation.length_figures` of all pairs.
+        scores_file: a .jsonl or .parquet file for the rewards of every row; `{iter}` in its name
+            stands for the iteration.
+
+    Raises:
+        ValueError: the scores' file has another ending.
+    """
+
+    default_prefix = "val"
+
+    def __init__(
+        self,
+        prefix: str | None = None,
+        length_bias: bool = False,
+        scores_file: str | None = None,
+    ) -> None:
+        super().__init__(prefix=prefix)
+        if scores_file is not None and not scores_file.endswith((".jsonl", ".parquet")):
+            raise ValueError(
+                f"scores_file must end in .jsonl or .parquet, got {scores_file!r}: it holds a line "
+                "or a row for each row of the data"
+            )
+        self.length_bias = length_bias
+        self.scores_file = scores_file
+
+    def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
+        """Keep the rewards of a pack's pairs, on their device."""
+        if data_batch["data"]["pair_weights_P"].numpy().any():  # else it only fills a step
+            (rewards,) = data_samples
+            pairs = data_batch["data_samples"]["pairs"]
+            self.results.append((pairs, rewards["chosen"], rewards["rejected"]))
+
+    def evaluate(self, size: int) -> Figures:
+        """Figures of the pairs of all ranks, the same on each.
+
+        Raises:
+            ValueError: a reward is not finite; names its row.
+        """
+        own = _joined(self.results)
+        self.results.clear()
+        every = _once(*map(np.concatenate, zip(*all_gather_object(own))))
+        metrics = self.compute_metrics([every])
+        control = self.dataset_meta.get("control", "")
+        if self.scores_file is not None and not control and is_main_process():
+            self._write(*every)
+        return {"/".join(filter(None, (self.prefix, control, k))): v for k, v in metrics.items()}
+
+    def compute_metrics(self, results: list[Any]) -> Figures:
+        """Figures of a single (pairs, chosen rewards, rejected rewards), without prefix."""
+        ((pairs, chosen, rejected),) = results
+        self._check(pairs, chosen, rejected)
+        scores = PairScores(
+            chosen,
+            rejected,
+            pairs["chosen_length"],
+            pairs["rejected_length"],
+            np.array(self.dataset_meta["sources"])[pairs["source"]],
+        )
+        figures = pair_figures(chosen, rejected)
+        if self.length_bias:
+            figures |= length_figures(scores)
+        for part, mask in self._parts(pairs):
+            of_part = pair_figures(chosen[mask], rejected[mask])
+            figures |= {f"{part}/{name}": value for name, value in of_part.items()}
+        return figures
+
+    def names(self) -> list[str]:
+        """Of all figures that there will be."""
+        nothing = np.empty(0)
+        figures = self.compute_metrics([(np.empty(0, PAIR), nothing, nothing)])
+        return [f"{self.prefix}/{name}" for name in figures]
+
+    def _parts(self, pairs: NDArray[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+        """Sets and sources that have a name, and which of the pairs are theirs."""
+        sets, sources = np.array(self.dataset_meta["sets"]), self.dataset_meta["sources"]
+        for name in dict.fromkeys(self.dataset_meta["sets"]):
+            if name:
+                yield name, sets[pairs["file"]] == name
+        if len(sources) - 1 > MOST_SOURCES:
+            logger.warning("no figures by source: there are %d sources", len(sources) - 1)
+            return
+        for number, name in enumerate(sources):
+            if name:
+                yield f"source/{name}", pairs["source"] == number
+
+    def _check(self, pairs: NDArray[Any], *rewards: NDArray[np.float64]) -> None:
+        bad = np.flatnonzero(~np.isfinite(rewards).all(axis=0))
+        if len(bad):
+            files = self.dataset_meta["files"]
+            rows = [f"{files[file]}:{line}" for file, line in pairs[bad][["file", "line"]].tolist()]
+            shown = ", ".join(dict.fromkeys(rows[:20]))
+            raise ValueError(
+                f"{len(bad)} of {len(pairs)} pairs have a reward that is not finite, of the rows "
+                f"{shown}: the weights are damaged or the precision overflows"
+            )
+
+    def _write(self, pairs: NDArray[Any], chosen: Any, rejected: Any) -> None:
+        assert self.scores_file is not None
+        name = self.scores_file.replace("{iter}", str(self.dataset_meta.get("iteration", 0)))
+        path = Path(name)
+        lines = _score_lines(self.dataset_meta, pairs, chosen, rejected)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            if path.suffix == ".jsonl":
+                file.writelines(f"{json.dumps(line)}\n".encode() for line in lines)
+            else:
+                import pyarrow
+                from pyarrow.parquet import write_table
+
+                write_table(pyarrow.Table.from_pylist([*lines]), file)
+        logger.info("scores of every row: %s", path)
+
+
+def _joined(results: Sequence[Any]) -> tuple[NDArray[Any], ...]:
+    """Pairs (P,) of dtype `PAIR`, their chosen and rejected rewards (P,) float64."""
+    pairs = [np.empty(0, PAIR), *(pairs for pairs, *_ in results)]
+    rewards = [
+        torch.cat([torch.empty(0).double(), *(result[side].double().cpu() for result in results)])
+        for side in (1, 2)
+    ]
+    return np.concatenate(pairs), *(reward.numpy() for reward in rewards)
+
+
+def _once(pairs: NDArray[Any], *rewards: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    """Each pair once, in the order of its row: the same whatever ranks and packs there were."""
+    order = np.lexsort([pairs[name] for name in reversed(PLACE)])
+    places = np.stack([pairs[name][order] for name in PLACE], axis=1)
+    new = np.ones(len(order), bool)
+    new[1:] = (places[1:] != places[:-1]).any(axis=1)
+    kept = order[new]
+    return pairs[kept], *(reward[kept] for reward in rewards)
+
+
+def _score_lines(
+    meta: Mapping[str, Any], pairs: NDArray[Any], chosen: Any, rejected: Any
+) -> Iterator[dict[str, Any]]:
+    """What is written of every row: its place, set and source, the rewards of its candidates."""
+    starts = np.flatnonzero(
+        np.any([np.diff(pairs[name], prepend=-1) for name in ("file", "line")], axis=0)
+    )
+    for rows in np.split(np.arange(len(pairs)), starts[1:]) if len(pairs) else []:
+        first = pairs[rows[0]]
+        yield {
+            "file": meta["files"][first["file"]],
+            "line": int(first["line"]),
+            "set": meta["sets"][first["file"]],
+            "source": meta["sources"][first["source"]],
+            "chosen_scores": _by_candidate(pairs["chosen_index"][rows], chosen[rows]),
+            "rejected_scores": _by_candidate(pairs["rejected_index"][rows], rejected[rows]),
+        }
+
+
+def _by_candidate(indices: NDArray[Any], rewards: NDArray[np.float64]) -> list[float]:
+    return [reward for _, reward in sorted(dict(zip(indices.tolist(), rewards.tolist())).items())]
