@@ -163,7 +163,7 @@ class RowChecks:
         control = _CONTROL.search(text)
         if control:
             yield "control_character", f"holds U+{ord(control[0]):04X} {_at(control)}"
-        if text.count("\\n") > 1 and "\n" not in text:
+        if text.count("\\n") > 1 and "\n" not in text.strip():
             yield "escaped_newlines", f"holds \\n {text.count(chr(92) + 'n')} times, and no newline"
         entity = _ENTITY.search(text)
         if entity:

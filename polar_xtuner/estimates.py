@@ -101,10 +101,11 @@ def activation_bytes(
 
     Of a layer and token, E hidden size, K that of keys or values, I intermediate size: each of the
     two norms keeps its input in float32, its normed input as the stream has it, and its output to
-    compute with; attention its queries, keys, values and output; the feed-forward part the gate
-    before and after SiLU, the other branch and their product:
+    compute with; attention what wqkv answers, of which the values are a part, the turned queries
+    and keys, and its output; the feed-forward part the gate before and after SiLU, the other branch
+    and their product:
 
-        2 * (4 + stream + compute) * E + compute * (2 * E + 2 * K) + compute * 4 * I
+        2 * (4 + stream + compute) * E + compute * (3 * E + 3 * K) + compute * 4 * I
 
     With checkpointing a layer keeps its input, and one layer at a time all that.
 
@@ -115,7 +116,7 @@ def activation_bytes(
     hidden, inner = shape.hidden_size, shape.intermediate_size
     keys = shape.num_key_value_heads * (hidden // shape.num_attention_heads)
     norms = 2 * (4 + stream + compute) * hidden
-    a_layer = norms + compute * (2 * hidden + 2 * keys + 4 * inner)
+    a_layer = norms + compute * (3 * hidden + 3 * keys + 4 * inner)
     layers = shape.num_hidden_layers
     return tokens * (layers * stream * hidden + a_layer if checkpointing else layers * a_layer)
 

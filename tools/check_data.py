@@ -12,6 +12,7 @@ memory of each GPU. They are computed, not measured on a GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -25,7 +26,7 @@ from polar_xtuner.data_result import FIELDS, DataResult, Estimate, Lengths
 from polar_xtuner.data_survey import PUBLISHED_LIMITS, Peak, survey
 from polar_xtuner.records import find_files
 from polar_xtuner.template import PolarTemplate
-from polar_xtuner.tokenizer import FAST, SENTENCEPIECE, load_tokenizer, local_folder
+from polar_xtuner.tokenizer import CONFIG, FAST, SENTENCEPIECE, load_tokenizer, local_folder
 
 LISTED = 20
 GIB = 2**30
@@ -34,7 +35,8 @@ GIB = 2**30
 def open_tokenizer(path: str) -> Any:
     """The tokenizer of a checkpoint; by transformers where only that knows its kind."""
     folder = local_folder(path)
-    if any((folder / name).is_file() for name in (FAST, SENTENCEPIECE)):
+    has = {name for name in (FAST, SENTENCEPIECE, CONFIG) if (folder / name).is_file()}
+    if has != {CONFIG}:
         return load_tokenizer(folder)
     try:
         from transformers import AutoTokenizer
@@ -71,6 +73,7 @@ def run(args: argparse.Namespace) -> DataResult:
         for option in ("cfg_options", "gpu", "zero"):
             if getattr(args, option):
                 raise ValueError(f"--{option.replace('_', '-')} needs a --config")
+        files = find_files(args.files)
         tokenizer = open_tokenizer(args.tokenizer)
         limits = replace(PUBLISHED_LIMITS, ranks=args.ranks)
         lengths = {
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> DataResult:
             "max_response_length": limits.max_response_length,
         }
         return survey(
-            find_files(args.files),
+            files,
             PolarTemplate(tokenizer, **lengths),
             special_strings(tokenizer),
             limits,
@@ -207,7 +210,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        result = run(args)
+        with contextlib.redirect_stdout(sys.stderr):  # deepspeed tells stdout of its import
+            result = run(args)
         if args.report is not None:
             from polar_xtuner.report import write_data_report
 
