@@ -10,6 +10,7 @@ other rows.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +27,7 @@ from polar_xtuner.comparison import bootstrap_intervals, compare_pairs
 from polar_xtuner.controls import shuffle_references
 from polar_xtuner.evaluation import PairScores, length_figures, pair_figures
 from polar_xtuner.records import Row, RowCheck, read_rows
-from polar_xtuner.scored_lines import SCORES, Scorer, scored_lines
+from polar_xtuner.scored_lines import SCORES, Scorer, scored_lines, write_parquet
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,13 @@ class ScoredRow:
     chosen_scores: tuple[float, ...]
     rejected_scores: tuple[float, ...]
     labels: tuple[float, ...]
+    key: str
+    """Of this row and this model, see `scored_lines`."""
+
+    def line(self) -> dict[str, Any]:
+        """What `scored_lines` gives of the row."""
+        line = {"file": self.row.file, "line": self.row.line, "id": self.row.id, "key": self.key}
+        return line | {name: [*getattr(self, name)] for name in SCORES if getattr(self, name)}
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,7 @@ def evaluate_model(
     """
     # Shuffled first: that it cannot be done should not be told after hours of scoring.
     others = [*shuffle_references(rows, seed)] if controls else []
-    scored = score_rows(scorer, rows)
+    scored = score_rows(name, scorer, rows)
     pairs, places = pairs_of(scored)
     evaluation = ModelEvaluation(
         name,
@@ -180,26 +188,42 @@ def evaluate_model(
     )
     if not controls:
         return evaluation
-    scored = score_rows(scorer, [row for row in others if isinstance(row, Row)], "shuffled")
+    scored = score_rows(name, scorer, [row for row in others if isinstance(row, Row)], " shuffled")
     shuffled, _ = pairs_of(scored)
     figures = _all_figures(scored, shuffled, places, seed)
     return replace(evaluation, shuffled=figures, shuffled_pairs=shuffled)
 
 
-def score_rows(scorer: Scorer, rows: Sequence[Row], desc: str = "Scoring") -> list[ScoredRow]:
+def score_rows(name: str, scorer: Scorer, rows: Sequence[Row], how: str = "") -> list[ScoredRow]:
     """Rows with the rewards of all their texts, in order.
 
     Raises:
         ValueError: a text has no reward; names the row.
     """
-    lines = tqdm(scored_lines(scorer, rows, ""), desc=desc, total=len(rows), unit=" rows")
+    lines = scored_lines(scorer, rows, name)
+    bar = tqdm(lines, desc=f"Scoring{how}", total=len(rows), unit=" rows")
     scored = []
-    for line, row in zip(lines, rows):  # in this order the bar sees its end
+    for line, row in zip(bar, rows):  # in this order the bar sees its end
         if "error" in line:
             raise ValueError(f"{row.file}:{row.line}: {line['error']}")
         scores, chosen, rejected = (tuple(line.get(name, ())) for name in SCORES)
-        scored.append(ScoredRow(row, scores, chosen, rejected, labels_of(row)))
+        scored.append(ScoredRow(row, scores, chosen, rejected, labels_of(row), line["key"]))
     return scored
+
+
+def write_scores(rows: Iterable[ScoredRow], output: Path) -> None:
+    """A line of JSON a row, or for a `.parquet` name columns, at full precision."""
+    as_parquet = output.name.lower().endswith(".parquet")
+    lines = output.with_name(f"{output.name}.{'lines' if as_parquet else 'unfinished'}")
+    try:
+        with lines.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row.line()) + "\n" for row in rows)
+        if as_parquet:
+            write_parquet(lines, output)
+        else:
+            lines.replace(output)
+    finally:
+        lines.unlink(missing_ok=True)
 
 
 def pairs_of(rows: Sequence[ScoredRow]) -> tuple[PairScores, npt.NDArray[np.int64]]:

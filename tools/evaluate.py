@@ -1,0 +1,146 @@
+"""How good is a POLAR model on labelled rows? `python tools/evaluate.py MODEL FILE...`
+
+MODEL is a Hugging Face folder or hub name, or a training checkpoint: an .pth file or a DeepSpeed
+folder, which is converted into a temporary folder first. FILE is in any format that training reads.
+Rows have chosen and rejected, or several candidates in `output` and as many numbers in `labels`
+(docs/evaluation.md).
+
+Prints accuracy, calibration and ranking figures with 95 % intervals: of all rows, of every file
+and of every `source`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from polar_xtuner.records import find_files
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    try:
+        from polar_xtuner import calibration, evaluation_text, model_evaluation
+        from polar_xtuner.checkpoint_scorer import as_hf_folder
+        from polar_xtuner.scoring import PolarScorer
+
+        if args.report:
+            from polar_xtuner.report import write_evaluation_report
+    except ModuleNotFoundError as error:
+        raise ValueError(f"needs {error.name}: pip install 'polar_xtuner[eval]'") from None
+    check_outputs(args)
+    files = find_files(args.files)
+    rows, bad_rows = model_evaluation.rows_to_evaluate(files, args.on_bad_row)
+    models = []
+    for name in (args.model, *args.against):
+        with as_hf_folder(name, args.config, args.cfg_options) as folder:
+            scorer = PolarScorer(folder, args.device, args.dtype, **lengths_of(args))
+            models.append(
+                model_evaluation.evaluate_model(name, scorer, rows, args.controls, args.seed)
+            )
+    comparisons = [
+        model_evaluation.compare_models(models[0], other, args.seed) for other in models[1:]
+    ]
+    results = model_evaluation.Evaluation(
+        [*map(str, files)], bad_rows, args.seed, models, comparisons
+    )
+    if args.json:
+        print(json.dumps(results.to_json()), flush=True)
+    else:
+        print(evaluation_text.evaluation_text(results), flush=True)
+    if args.scores:
+        model_evaluation.write_scores(models[0].rows, args.scores)
+    if args.report:
+        write_evaluation_report(args.report, results)
+    if args.calibrate:
+        found = calibration.calibration_of(models[0])
+        calibration.write_calibration(Path(args.model), found)
+        logging.info("%s/config.json: %s", args.model, found)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise for what could not be written, before hours of scoring."""
+    if args.scores is not None:
+        if not args.scores.name.lower().endswith((".jsonl", ".parquet")):
+            raise ValueError(f"--scores {args.scores}: must be a .jsonl or .parquet file")
+        if args.scores.exists():
+            raise ValueError(f"--scores {args.scores} exists: remove it, or choose another file")
+        if not args.scores.parent.is_dir():
+            raise ValueError(f"--scores {args.scores}: there is no folder {args.scores.parent}")
+    if args.calibrate and not Path(args.model, "config.json").is_file():
+        raise ValueError(
+            f"--calibrate writes into MODEL/config.json, and {args.model} is no Hugging Face "
+            "folder: convert a checkpoint (docs/conversion.md), or fetch the model"
+        )
+
+
+def lengths_of(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_length", "max_response_length", "max_packed_length")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder, name, or checkpoint")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="rows with labels")
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="another model, for the difference on the same rows; may be given several times",
+    )
+    parser.add_argument(
+        "--controls",
+        action="store_true",
+        help="score again with the references shuffled, and show how far length explains it",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and no more")
+    parser.add_argument(
+        "--scores", type=Path, metavar="OUT", help="write MODEL's rewards: .jsonl or .parquet"
+    )
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write an HTML page there")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="write mean, deviation and temperature into MODEL/config.json, for normalize=True",
+    )
+    parser.add_argument(
+        "--on-bad-row", choices=("error", "skip"), default="error", help="as in training"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of shuffling and bootstraps")
+    parser.add_argument(
+        "--config", help="of a checkpoint's run; default: the one that the run left beside it"
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="for the config, as in training; put it last",
+    )
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in")
+    parser.add_argument("--max-length", type=int, help="see docs/configuration.md")
+    parser.add_argument("--max-response-length", type=int, help="see docs/configuration.md")
+    parser.add_argument("--max-packed-length", type=int, help="tokens that are computed at once")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        evaluate(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"evaluate.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
