@@ -48,6 +48,7 @@ __all__ = [
     "map_rows",
     "parse_row",
     "read_lines",
+    "read_raw",
     "read_rows",
     "text_of",
 ]
@@ -249,9 +250,18 @@ def read_rows(
         OSError: a file cannot be opened.
         ValueError: a file's format is unknown.
     """
+    for file, line, raw in read_raw(files):
+        yield _checked(raw, file, line, map_fn, scoring)
+
+
+def read_raw(files: Iterable[Path]) -> Iterator[tuple[str, int, Any]]:
+    """Streams (file, line, raw row) as `read_rows` reads them, before they are checked.
+
+    The raw row is whatever JSON has there, or a `BadRow` where nothing can be had.
+    """
     for path in files:
         for line, raw in _READERS[_format(path)](path):
-            yield _checked(raw, str(path), line, map_fn, scoring)
+            yield str(path), line, raw
 
 
 def map_rows(
