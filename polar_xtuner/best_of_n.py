@@ -50,7 +50,7 @@ def _problems(row: Row) -> list[Problem]:
     labels = row.extra.get(LABELS)
     count = len(row.outputs)
     if labels is None:
-        return [(LABELS, f"is missing: to judge outputs by, a number for each of the {count}")]
+        return [(LABELS, "is missing: outputs are judged by a list of numbers, one for each")]
     if not isinstance(labels, list):
         return [(LABELS, f"must be a list of numbers, found {found(labels)}")]
     problems = [

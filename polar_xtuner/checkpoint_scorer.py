@@ -81,7 +81,7 @@ def config_beside(checkpoint: Path) -> Path:
     found = sorted(folder.glob("*.py"))
     if len(found) == 1:
         return found[0]
-    names = ", ".join(file.name for file in found)
+    names = ", ".join(file.name for file in found[:8])
     problem = f"{folder} has several: {names}" if found else f"there is none in {folder}"
     raise ValueError(f"{checkpoint} needs the config of its run, and {problem}: name it (--config)")
 

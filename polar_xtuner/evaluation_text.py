@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from polar_xtuner.model_evaluation import Comparison, Evaluation, Figures, ModelEvaluation
 
-PAIRS = ("pairs", "n", "accuracy", "95 % interval", "margin", "loss", "ECE", "T", "ECE at T")
+PAIRS = (
+    *("pairs", "n", "accuracy", "95 % interval", "ties"),
+    *("margin", "loss", "ECE", "T", "ECE at T"),
+)
 BEST_OF_N = (
     *("best of N", "rows", "top is best", "95 % interval", "at random"),
     *("label: top", "mean", "best", "NDCG", "Spearman", "Kendall"),
@@ -63,7 +66,7 @@ def _pair_lines(parts: Mapping[str, Figures], model: ModelEvaluation) -> Iterato
 
 
 def _pair_line(name: str, figures: Mapping[str, float]) -> Sequence[str]:
-    rest = ("margin", "loss", "ece", "temperature", "ece_at_temperature")
+    rest = ("ties", "margin", "loss", "ece", "temperature", "ece_at_temperature")
     accuracy = _accuracy(name, figures["pairs"], figures, "accuracy")
     return [*accuracy, *(_number(figures[figure]) for figure in rest)]
 

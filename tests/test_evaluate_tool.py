@@ -137,6 +137,7 @@ def test_what_cannot_be_done_is_said_before_scoring(
         ((model, rows, "--scores", tmp_path / "there.jsonl"), "exists: remove it"),
         ((model, rows, "--scores", tmp_path / "x.csv"), "must be a .jsonl or .parquet file"),
         ((model, rows, "--scores", tmp_path / "no" / "x.jsonl"), "there is no folder"),
+        ((model, rows, "--report", rows), "is a file"),
         ((checkpoint, rows, "--calibrate"), "convert a checkpoint"),
         ((model, tmp_path / "there.jsonl"), "no row to evaluate in"),
         ((tmp_path, rows), "neither a Hugging Face folder"),
@@ -147,16 +148,26 @@ def test_what_cannot_be_done_is_said_before_scoring(
 
 
 def test_people_get_tables_and_one_line_of_what_is_wrong(
-    tool: ModuleType, model: Path, rows: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    tool: ModuleType, model: Path, rows: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(model), str(rows), "--device", "cpu"])
     tool.main()
     printed = capsys.readouterr().out
     assert "accuracy" in printed and "best of N" in printed
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(model), "nowhere.jsonl"])
-    with pytest.raises(SystemExit) as raised:
-        tool.main()
-    assert str(raised.value) == "evaluate.py: data_files: no such file or folder: nowhere.jsonl"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "p", "reference": "r", "output": ["a", "b"]}\n')
+    for file, message in (
+        ("nowhere.jsonl", "evaluate.py: data_files: no such file or folder: nowhere.jsonl"),
+        (str(bad), f"evaluate.py: 1 of 1 rows are bad:\n  {bad}:1: labels: is missing"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", str(model), file])
+        with pytest.raises(SystemExit) as raised:
+            tool.main()
+        assert str(raised.value).startswith(message)
+    assert str(raised.value).endswith("--on-bad-row skip.")
+    for option, value in (("--seed", "-1"), ("--max-length", "0"), ("--max-packed-length", "x")):
+        with pytest.raises(SystemExit):
+            tool.parse([str(model), str(rows), option, value])
 
 
 def test_standard_output_is_the_json_object_alone(model: Path, rows: Path) -> None:

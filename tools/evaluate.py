@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from polar_xtuner.records import find_files
+from polar_xtuner.records import BadRowsError, find_files
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -71,11 +71,25 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise ValueError(f"--scores {args.scores} exists: remove it, or choose another file")
         if not args.scores.parent.is_dir():
             raise ValueError(f"--scores {args.scores}: there is no folder {args.scores.parent}")
+    if args.report is not None and args.report.exists() and not args.report.is_dir():
+        raise ValueError(f"--report {args.report}: is a file, give a folder")
     if args.calibrate and not Path(args.model, "config.json").is_file():
         raise ValueError(
             f"--calibrate writes into MODEL/config.json, and {args.model} is no Hugging Face "
             "folder: convert a checkpoint (docs/conversion.md), or fetch the model"
         )
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer from 0, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("must be a positive integer, got 0")
+    return int(text)
 
 
 def lengths_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -114,7 +128,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--on-bad-row", choices=("error", "skip"), default="error", help="as in training"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of shuffling and bootstraps")
+    parser.add_argument("--seed", type=natural, default=0, help="of shuffling and bootstraps")
     parser.add_argument(
         "--config", help="of a checkpoint's run; default: the one that the run left beside it"
     )
@@ -127,9 +141,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in")
-    parser.add_argument("--max-length", type=int, help="see docs/configuration.md")
-    parser.add_argument("--max-response-length", type=int, help="see docs/configuration.md")
-    parser.add_argument("--max-packed-length", type=int, help="tokens that are computed at once")
+    parser.add_argument("--max-length", type=positive, help="see docs/configuration.md")
+    parser.add_argument("--max-response-length", type=positive, help="see docs/configuration.md")
+    parser.add_argument(
+        "--max-packed-length",
+        type=positive,
+        help="tokens that are computed at once; no fewer than max_length",
+    )
     return parser.parse_args(arguments)
 
 
@@ -138,6 +156,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         evaluate(args)
+    except BadRowsError as error:
+        sys.exit(
+            f"evaluate.py: {error.report()}\nFix them, or leave them out with --on-bad-row skip."
+        )
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"evaluate.py: {error}")
 
