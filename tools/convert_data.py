@@ -1,42 +1,109 @@
-"""Rows for training or RL into another program's format: `python tools/convert_data.py FILE...`.
+"""Rows from or for other programs: `python tools/convert_data.py FILE... --output OUT`.
 
+`--from FORMAT`: published preference data into rows to train on (docs/data.md). OUT is .jsonl,
+.jsonl.gz or .parquet.
 `--to verl-parquet`: what verl reads, from the prompt and the reference of each row (docs/rl.md).
+
+The output is there once it is whole. What gave no row is counted, with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from polar_xtuner.integrations.verl_data import read_prompts, write_verl_parquet
+from polar_xtuner.preference_formats import FORMATS, PAIRS, convert, describe
 from polar_xtuner.records import find_files
+from polar_xtuner.row_files import check_output, write_rows
+
+ONLY_FROM = ("reference", "pairs", "score")
+ONLY_TO = ("data_source", "ability", "split")
+
+
+def from_format(args: argparse.Namespace) -> dict[str, Any]:
+    check_output(args.output)
+    rows = convert(
+        find_files(args.files),
+        args.source_format,
+        reference=args.reference,
+        pairs=args.pairs or "paper",
+        score=args.score,
+    )
+    written = write_rows(
+        with_bar(rows),
+        args.output,
+        on_bad_row=args.on_bad_row,
+        several=args.pairs == "all",
+        empty=rows.empty,
+    )
+    return {"rows": written, "output": str(args.output), "dropped": dict(rows.dropped)}
+
+
+def with_bar(rows: Iterable[Any]) -> Iterator[Any]:
+    yield from tqdm(rows, "Converting", unit=" rows", delay=1, disable=not sys.stderr.isatty())
+
+
+def to_verl(args: argparse.Namespace) -> dict[str, Any]:
+    written = write_verl_parquet(
+        read_prompts(find_files(args.files)),
+        args.output,
+        args.data_source or "polar",
+        args.ability or "general",
+        args.split or "train",
+        args.on_bad_row,
+    )
+    return {"rows": written, "output": str(args.output), "dropped": {}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", help="rows, in any format that training reads")
-    parser.add_argument("--to", required=True, choices=("verl-parquet",))
-    parser.add_argument("--output", required=True, type=Path, metavar="OUT.parquet")
-    parser.add_argument("--data-source", default="polar", help="of rows without a `source`")
-    parser.add_argument("--ability", default="general", help="of all rows")
-    parser.add_argument("--split", default="train", help="of all rows")
+    formats = "\n".join(f"  {name:24}{describe(name)}" for name in FORMATS)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"formats:\n{formats}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help=".jsonl, .json or .parquet")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--from", dest="source_format", choices=FORMATS, metavar="FORMAT")
+    way.add_argument("--to", choices=("verl-parquet",))
+    parser.add_argument("--output", required=True, type=Path, metavar="OUT")
+    parser.add_argument(
+        "--reference",
+        metavar="best|field:NAME|file:PATH",
+        help="which answer is the reference: the best one (default, where there are more than "
+        "two), a field of each record, or that of a file of rows with the same prompts",
+    )
+    parser.add_argument("--pairs", choices=PAIRS, help="of the ranked answers; default: paper")
+    parser.add_argument("--score", metavar="FIELD", help="to rank by; default: the format's own")
+    parser.add_argument("--data-source", help="of rows without a `source`; default: polar")
+    parser.add_argument("--ability", help="of all rows; default: general")
+    parser.add_argument("--split", help="of all rows; default: train")
     parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
+    parser.add_argument("--json", action="store_true", help="one object on stdout")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    other, way_taken = (ONLY_FROM, "--to") if args.to else (ONLY_TO, "--from")
+    for name in other:
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} has no meaning with {way_taken}")
     try:
-        written = write_verl_parquet(
-            read_prompts(find_files(args.files)),
-            args.output,
-            args.data_source,
-            args.ability,
-            args.split,
-            args.on_bad_row,
-        )
+        done = to_verl(args) if args.to else from_format(args)
     except (ValueError, OSError) as error:
         sys.exit(f"convert_data.py: {error}")
-    print(f"{written} rows in {args.output}")
+    if args.json:
+        print(json.dumps(done))
+        return
+    print(f"{done['rows']} rows in {done['output']}")
+    for reason, count in done["dropped"].items():
+        print(f"left out: {count} {reason}")
 
 
 if __name__ == "__main__":

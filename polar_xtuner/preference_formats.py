@@ -1,0 +1,594 @@
+"""Preference data as others publish it -> rows with a reference.
+
+A format says, record by record, which answers there are to a prompt and how good they are
+(`Answers`). What becomes of them is the same for all: the answers are sorted by score, one text is
+taken once, and
+
+    reference "best"    the best answer is the reference, the second chosen, the third rejected,
+                        as in the paper (arXiv 2507.05197)
+    another reference   the best answer is chosen, the second rejected
+
+With pairs="all" every two answers of different scores make a pair; in a group they cost little
+more. Answers of equal scores make none. What gives no row is counted, with the reason.
+
+Records stream. A file of references is put into a temporary database on disk, keys and all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby, takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from polar_xtuner._checks import Problem, RawRow, found
+from polar_xtuner.data_checks import digest
+from polar_xtuner.records import BadRow, RowError, find_files, parse_row, read_raw, text_of
+
+Raw = dict[str, Any]
+Message = dict[str, str]
+Text = str | list[Message]
+
+PAIRS = ("paper", "all")
+BEST = "best"
+
+
+class FormatError(ValueError):
+    """A record is not of its format: what is wrong with which field."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.problem: Problem = (field, problem)
+
+
+class Answer(NamedTuple):
+    text: Text
+    score: float
+
+
+@dataclass
+class Answers:
+    """The answers to one prompt."""
+
+    prompt: Text
+    answers: list[Answer]
+    raw: Raw
+    """The record, for its id, its source and a reference that a field of it holds."""
+    unscored: int = 0
+    """Answers without a score, which are left out."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a published data set is read.
+
+    Attributes:
+        read: a record -> its answers; raises `FormatError`.
+        has_pairs: every record has two answers, so none is left to be the reference.
+        score: the field of the scores, None where they have no name.
+        adjacent: records that follow each other and have the same prompt belong together.
+    """
+
+    read: Callable[[Raw, str | None], Answers]
+    has_pairs: bool
+    score: str | None = None
+    adjacent: bool = False
+
+
+def convert(
+    files: Iterable[Path],
+    format: str,
+    *,
+    reference: str | None = None,
+    pairs: str = "paper",
+    score: str | None = None,
+) -> Conversion:
+    """Rows of a published data set.
+
+    Args:
+        files: what `find_files` gives.
+        format: one of `FORMATS`.
+        reference: "best", "field:NAME", "file:PATH"; None is "best" for formats of more than two
+            answers.
+        pairs: one of `PAIRS`.
+        score: the field to rank by, None the format's own.
+
+    Raises:
+        ValueError: the format has no such reference, or no such score; the file of references
+            holds two for a prompt, or none.
+        BadRowsError: a row of the file of references is bad.
+    """
+    kind = FORMATS[format]
+    if reference is None and not kind.has_pairs:
+        reference = BEST
+    if reference is None or (reference == BEST and kind.has_pairs):
+        raise ValueError(
+            f"{format} has two answers to a prompt, and the better one is chosen: none is left to "
+            "be the reference. Name one: --reference field:NAME, a field of each record, or "
+            "--reference file:PATH, a file of rows with prompt and reference"
+        )
+    if score is not None and kind.score is None:
+        raise ValueError(f"{format} has no scores to choose from: leave --score out")
+    return Conversion(files, format, reference_of(reference), pairs, score or kind.score)
+
+
+class Conversion:
+    """Iterates over rows and `BadRow`s; afterwards `dropped` says what gave no row, and why."""
+
+    def __init__(
+        self,
+        files: Iterable[Path],
+        format: str,
+        reference: Reference | None,
+        pairs: str,
+        score: str | None,
+    ) -> None:
+        self._files, self._format = files, format
+        self._reference, self._pairs, self._score = reference, pairs, score
+        self.dropped: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Raw | BadRow]:
+        for file, line, read in self._read():
+            if isinstance(read, BadRow):
+                yield read
+                continue
+            try:
+                rows = self._rows_of(read)
+            except FormatError as error:
+                yield BadRow((RowError(file, line, *error.problem),))
+                continue
+            for row in rows:
+                checked = parse_row(row, file, line)
+                yield checked if isinstance(checked, BadRow) else row
+
+    def empty(self) -> str:
+        """What is wrong if there is no row."""
+        reasons = "; ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+        advice = ""
+        if self._reference is None and reasons:
+            advice = ". With --reference field:NAME or file:PATH two answers are enough"
+        return f"there is no row to write{': ' + reasons if reasons else ''}{advice}"
+
+    def _read(self) -> Iterator[tuple[str, int, Answers | BadRow]]:
+        kind = FORMATS[self._format]
+        records = self._records(kind)
+        if not kind.adjacent:
+            yield from records
+            return
+        number = iter(range(1 << 62))
+
+        def key(record: tuple[str, int, Answers | BadRow]) -> Any:
+            answers = record[2]
+            return next(number) if isinstance(answers, BadRow) else (record[0], str(answers.prompt))
+
+        for _, members in groupby(records, key):
+            (file, line, first), *others = members
+            if isinstance(first, Answers):
+                for _, _, other in others:
+                    assert isinstance(other, Answers)
+                    first.answers += other.answers
+                    first.unscored += other.unscored
+            yield file, line, first
+
+    def _records(self, kind: Format) -> Iterator[tuple[str, int, Answers | BadRow]]:
+        for file, line, raw in read_raw(self._files):
+            if isinstance(raw, BadRow):
+                yield file, line, raw
+                continue
+            try:
+                if not isinstance(raw, dict):
+                    raise FormatError("row", f"must be an object, found {found(raw)}")
+                yield file, line, kind.read(raw, self._score)
+            except FormatError as error:
+                yield file, line, BadRow((RowError(file, line, *error.problem),))
+
+    def _rows_of(self, read: Answers) -> list[Raw]:
+        if read.unscored:
+            self.dropped["answers without a score"] += read.unscored
+        answers = self._sorted(read.answers)
+        if self._reference is None:
+            reference: Text = answers.pop(0).text if answers else ""
+            few = "prompts with fewer than three different answers, the best for the reference"
+        else:
+            few = "prompts with fewer than two different answers"
+            named = self._reference(read)
+            if named is None:
+                self.dropped["prompts without a reference in the file of references"] += 1
+                return []
+            reference = named
+        if len(answers) < 2:
+            self.dropped[few] += 1
+            return []
+        rows = [
+            _row(read, self._format, reference, chosen, rejected, several=self._pairs == "all")
+            for chosen, rejected in self._chosen_and_rejected(answers)
+        ]
+        if not rows:
+            self.dropped["prompts whose answers have equal scores"] += 1
+        return rows
+
+    def _sorted(self, answers: Iterable[Answer]) -> list[Answer]:
+        """Best first, each text once."""
+        best: dict[str, Answer] = {}
+        for answer in sorted(answers, key=lambda answer: -answer.score):
+            if best.setdefault(text_of(answer.text), answer) is not answer:
+                self.dropped["answers that repeat another one to their prompt"] += 1
+        return [*best.values()]
+
+    def _chosen_and_rejected(self, answers: list[Answer]) -> Iterator[tuple[Text, list[Text]]]:
+        if self._pairs == "paper":
+            first, second, *_ = answers
+            if first.score > second.score:
+                yield first.text, [second.text]
+            return
+        for answer in answers:
+            worse = [other.text for other in answers if other.score < answer.score]
+            if worse:
+                yield answer.text, worse
+
+
+def _row(
+    read: Answers, format: str, reference: Text, chosen: Text, rejected: list[Text], several: bool
+) -> Raw:
+    row: Raw = {
+        "prompt": _messages(read.prompt, "user"),
+        "reference": _messages(reference, "assistant"),
+        "chosen": _messages(chosen, "assistant"),
+        "rejected": [_messages(text, "assistant") for text in rejected],
+    }
+    if not several:
+        row["rejected"] = row["rejected"][0]
+    source = read.raw.get("source")
+    row["source"] = source if isinstance(source, str) else format
+    for name in ("id", "prompt_id"):
+        value = read.raw.get(name)
+        if isinstance(value, (str, int)) and not isinstance(value, bool):
+            return {**row, "id": str(value)}
+    return row
+
+
+def _messages(text: Text, role: str) -> list[Message]:
+    if isinstance(text, str):
+        return [{"role": role, "content": text}]
+    return [{"role": m.get("role") or role, "content": m["content"]} for m in text]
+
+
+# References that are named
+
+Reference = Callable[[Answers], Text | None]
+"""The reference of a record, None if there is none."""
+
+
+def reference_of(named: str) -> Reference | None:
+    """What `--reference` names, None for "best".
+
+    Raises:
+        ValueError, BadRowsError: see `convert`.
+    """
+    how, _, what = named.partition(":")
+    if named == BEST:
+        return None
+    if how == "field" and what:
+        return lambda read: _text(read.raw, what)
+    if how == "file" and what:
+        return _ReferenceFile(what)
+    raise ValueError(f"--reference {named}: must be best, field:NAME or file:PATH")
+
+
+class _ReferenceFile:
+    """References by the text of their prompts, on disk."""
+
+    def __init__(self, path: str) -> None:
+        self._table = sqlite3.connect("")  # a temporary file, gone when this is
+        self._table.execute("create table refs (prompt integer primary key, text, file, line)")
+        count = 0
+        for file, line, raw in read_raw(find_files(path)):
+            if isinstance(raw, BadRow):
+                raise ValueError(f"--reference file:{path}: {raw.errors[0]}")
+            try:
+                prompt, reference = _prompt_and_reference(raw)
+            except FormatError as error:
+                raise ValueError(f"--reference file:{path}: {file}:{line}: {error}") from error
+            self._add(prompt, reference, file, line)
+            count += 1
+        if not count:
+            raise ValueError(f"--reference file:{path}: holds no row")
+
+    def _add(self, prompt: Text, reference: Text, file: str, line: int) -> None:
+        key = _key(prompt)
+        row = self._get(key)
+        if row is None:
+            values = (key, json.dumps(reference), file, line)
+            self._table.execute("insert into refs values (?, ?, ?, ?)", values)
+        elif text_of(json.loads(row[0])) != text_of(reference):
+            raise ValueError(
+                f"{file}:{line}: has another reference to the prompt of {row[1]}:{row[2]}: "
+                "leave one of them out"
+            )
+
+    def _get(self, key: int) -> Any:
+        query = "select text, file, line from refs where prompt = ?"
+        return self._table.execute(query, (key,)).fetchone()
+
+    def __call__(self, read: Answers) -> Text | None:
+        row = self._get(_key(read.prompt))
+        return None if row is None else json.loads(row[0])
+
+
+def _key(prompt: Text) -> int:
+    return digest(text_of(prompt)) - (1 << 63)  # as SQLite has signed integers
+
+
+def _prompt_and_reference(raw: Any) -> tuple[Text, Text]:
+    if not isinstance(raw, dict):
+        raise FormatError("row", f"must be an object, found {found(raw)}")
+    names = ("instruction", "output") if "instruction" in raw else ("prompt", "reference")
+    return _text(raw, names[0]), _text(raw, names[1])  # the former are AlpacaEval's
+
+
+# Fields
+
+
+def _text(raw: Raw, name: str) -> Text:
+    """A field that is a string or a message list."""
+    row = RawRow(raw)
+    row.text(name)
+    if row.problems:
+        raise FormatError(*row.problems[0])
+    value: Text = raw[name]
+    return value
+
+
+def _string(raw: Raw, name: str) -> str:
+    value = raw.get(name)
+    if not isinstance(value, str):
+        raise FormatError(name, _wrong("a string", raw, name))
+    _text(raw, name)
+    return value
+
+
+def _list(raw: Raw, name: str) -> list[Any]:
+    value = raw.get(name)
+    if not isinstance(value, list):
+        raise FormatError(name, _wrong("a list", raw, name))
+    return value
+
+
+def _number(raw: Raw, name: str, place: str = "") -> float | None:
+    """None for a value that stands for none."""
+    value = raw.get(name)
+    if value is None or value == "N/A":
+        if name not in raw:
+            raise FormatError(f"{place}{name}", "is missing")
+        return None
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise FormatError(f"{place}{name}", f"must be a number, found {found(value)}") from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise FormatError(f"{place}{name}", f"must be a number, found {found(value)}")
+    return float(value)
+
+
+def _wrong(expected: str, raw: Raw, name: str) -> str:
+    return f"must be {expected}, found {found(raw[name])}" if name in raw else "is missing"
+
+
+def _two(prompt: Text, chosen: Text, rejected: Text, raw: Raw) -> Answers:
+    """A pair without scores."""
+    return Answers(prompt, [Answer(chosen, 1.0), Answer(rejected, 0.0)], raw)
+
+
+def _without_history(
+    chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """The prompt that two talks have in common, and how each goes on.
+
+    The prompt is their common beginning up to the last message that is not the assistant's.
+
+    Raises:
+        FormatError: there is none, or a talk does not go on.
+    """
+    alike = takewhile(lambda two: two[0] == two[1], zip(chosen, rejected))
+    shared = [message for message, _ in alike]
+    shared = shared[: min(len(shared), len(chosen) - 1, len(rejected) - 1)]
+    while shared and shared[-1].get("role") == "assistant":
+        shared.pop()
+    if not shared:
+        raise FormatError("rejected", "has no history in common with chosen, to be the prompt")
+    return shared, chosen[len(shared) :], rejected[len(shared) :]
+
+
+# Formats
+
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def _hh_rlhf(raw: Raw, score: str | None) -> Answers:
+    """Anthropic/hh-rlhf: `chosen` and `rejected`, transcripts of "\\n\\nHuman: ..." and
+    "\\n\\nAssistant: ..."."""
+    talks = [_turns(_string(raw, name), name) for name in ("chosen", "rejected")]
+    return _two(*_without_history(talks[0], talks[1]), raw)
+
+
+def _turns(transcript: str, name: str) -> list[Message]:
+    start, *parts = _TURN.split(transcript)
+    if start.strip() or not parts:
+        raise FormatError(name, f"must begin with \\n\\nHuman:, found {found(transcript)}")
+    turns = [
+        {"role": _ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])
+    ]
+    if turns[-1]["role"] != "assistant":
+        raise FormatError(name, "must end with a turn of the Assistant")
+    return turns
+
+
+def _ultrafeedback(raw: Raw, score: str | None) -> Answers:
+    """openbmb/UltraFeedback: `instruction` and `completions`, each with `response` and scores."""
+    if "completions" not in raw and "chosen" in raw:
+        raise FormatError(
+            "completions", "is missing: this looks binarized, use --from ultrafeedback-binarized"
+        )
+    prompt = _string(raw, "instruction")
+    answers, unscored = [], 0
+    for number, completion in enumerate(_list(raw, "completions")):
+        place = f"completions[{number}]"
+        if not isinstance(completion, dict):
+            raise FormatError(place, f"must be an object, found {found(completion)}")
+        value = _number(completion, score or "", f"{place}.")
+        response = completion.get("response")
+        if not isinstance(response, str):
+            raise FormatError(f"{place}.response", _wrong("a string", completion, "response"))
+        if value is None:
+            unscored += 1
+        else:
+            answers.append(Answer(response, value))
+    return Answers(prompt, answers, raw, unscored)
+
+
+def _ultrafeedback_binarized(raw: Raw, score: str | None) -> Answers:
+    """HuggingFaceH4/ultrafeedback_binarized: `chosen` and `rejected`, talks that begin with the
+    prompt, and `score_chosen` and `score_rejected`."""
+    if "completions" in raw:
+        raise FormatError("chosen", "is missing: this has completions, use --from ultrafeedback")
+    talks = [_talk(raw, name) for name in ("chosen", "rejected")]
+    scores = [_number(raw, f"score_{name}") for name in ("chosen", "rejected")]
+    prompt, *answers = _without_history(talks[0], talks[1])
+    scored = [Answer(a, s) for a, s in zip(answers, scores) if s is not None]
+    return Answers(prompt, scored, raw, 2 - len(scored))
+
+
+def _talk(raw: Raw, name: str) -> list[Message]:
+    value = _text(raw, name)
+    if isinstance(value, str):
+        raise FormatError(name, f"must be a list of messages, found {found(value)}")
+    return value
+
+
+_EXTRA_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
+
+
+def _helpsteer(raw: Raw, score: str | None) -> Answers:
+    """nvidia/HelpSteer and HelpSteer2: a record an answer, with `prompt`, `response` and scores,
+    those of a prompt one after the other."""
+    if "response_1" in raw:
+        return _helpsteer_preference(raw)
+    prompt, response = _helpsteer_prompt(raw), _string(raw, "response")
+    value = _number(raw, score or "")
+    answers = [] if value is None else [Answer(response, value)]
+    return Answers(prompt, answers, raw, 1 - len(answers))
+
+
+def _helpsteer_preference(raw: Raw) -> Answers:
+    """HelpSteer2's preferences: `response_1`, `response_2` and `preference_strength`, from -3, the
+    first is much better, to 3."""
+    strength = _number(raw, "preference_strength")
+    texts = [_string(raw, name) for name in ("response_1", "response_2")]
+    prompt = _helpsteer_prompt(raw)
+    if strength is None:
+        return Answers(prompt, [], raw, 2)
+    return Answers(prompt, [Answer(texts[0], -strength), Answer(texts[1], strength)], raw)
+
+
+def _helpsteer_prompt(raw: Raw) -> Text:
+    """Talks of several turns have marks between them."""
+    prompt = _string(raw, "prompt")
+    first, *parts = _EXTRA_TURN.split(prompt)
+    if not parts:
+        return prompt
+    turns = [{"role": "user", "content": first}]
+    roles = {"User": "user", "Assistant": "assistant"}
+    return turns + [
+        {"role": roles[who], "content": said} for who, said in zip(parts[::2], parts[1::2])
+    ]
+
+
+def _alpaca_eval(raw: Raw, score: str | None) -> Answers:
+    """AlpacaEval's annotations: `instruction`, `output_1`, `output_2` and `preference`, from 1, the
+    first is better, to 2; 1.5 and 0 are draws."""
+    if "output" in raw and "output_1" not in raw:
+        raise FormatError(
+            "output_1",
+            "is missing: these are outputs without a preference. Give annotations, and outputs as "
+            "--reference file:PATH",
+        )
+    prompt = _string(raw, "instruction")
+    texts = [_string(raw, name) for name in ("output_1", "output_2")]
+    preference = _number(raw, "preference")
+    if preference is None:
+        return Answers(prompt, [], raw, 2)
+    if preference != 0 and not 1 <= preference <= 2:
+        raise FormatError("preference", f"must be from 1 to 2, or 0, found {preference:g}")
+    second = 0.0 if preference == 0 else preference - 1.5
+    return Answers(prompt, [Answer(texts[0], -second), Answer(texts[1], second)], raw)
+
+
+def _trl(raw: Raw, score: str | None) -> Answers:
+    """TRL's preferences: `chosen` and `rejected`, texts or messages, and `prompt`, or with that
+    as their common beginning."""
+    chosen, rejected = _text(raw, "chosen"), _text(raw, "rejected")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise FormatError("rejected", "must be a string like chosen, or messages like chosen")
+    if raw.get("prompt") is not None:
+        prompt = _text(raw, "prompt")
+        if isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list):
+            size = len(prompt)
+            if chosen[:size] == prompt == rejected[:size]:
+                chosen, rejected = chosen[size:], rejected[size:]
+        return _two(prompt, chosen, rejected, raw)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return _two(*_without_common_text(chosen, rejected), raw)
+    assert isinstance(chosen, list) and isinstance(rejected, list)
+    return _two(*_without_history(chosen, rejected), raw)
+
+
+def _without_common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """As TRL's `extract_prompt` does: up to the first difference, a space left to the answers."""
+    alike = takewhile(lambda two: two[0] == two[1], zip(chosen, rejected))
+    size = sum(1 for _ in alike)
+    if size and chosen[size - 1] == " ":
+        size -= 1
+    if not size:
+        raise FormatError("rejected", "has no beginning in common with chosen, to be the prompt")
+    return chosen[:size], chosen[size:], rejected[size:]
+
+
+def _ranked(raw: Raw, score: str | None) -> Answers:
+    """`prompt` and `responses`, best first, or with `scores`."""
+    prompt, responses = _text(raw, "prompt"), _list(raw, "responses")
+    texts = [
+        _text({f"responses[{i}]": text}, f"responses[{i}]") for i, text in enumerate(responses)
+    ]
+    if raw.get("scores") is None:
+        return Answers(prompt, [Answer(t, -float(i)) for i, t in enumerate(texts)], raw)
+    scores = _list(raw, "scores")
+    if len(scores) != len(texts):
+        raise FormatError("scores", f"are {len(scores)}, to {len(texts)} responses")
+    numbers = [_number({f"scores[{i}]": s}, f"scores[{i}]") for i, s in enumerate(scores)]
+    answers = [Answer(t, n) for t, n in zip(texts, numbers) if n is not None]
+    return Answers(prompt, answers, raw, len(texts) - len(answers))
+
+
+FORMATS = {
+    "hh-rlhf": Format(_hh_rlhf, has_pairs=True),
+    "ultrafeedback": Format(_ultrafeedback, has_pairs=False, score="overall_score"),
+    "ultrafeedback-binarized": Format(_ultrafeedback_binarized, has_pairs=True),
+    "helpsteer": Format(_helpsteer, has_pairs=False, score="helpfulness", adjacent=True),
+    "alpaca-eval": Format(_alpaca_eval, has_pairs=True),
+    "trl": Format(_trl, has_pairs=True),
+    "ranked": Format(_ranked, has_pairs=False),
+}
+"""By the name that `--from` gives."""
+
+
+def describe(name: str) -> str:
+    """What a format is."""
+    return " ".join((FORMATS[name].read.__doc__ or "").split())
