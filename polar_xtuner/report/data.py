@@ -44,6 +44,8 @@ def write_data_report(folder: Path, result: DataResult) -> Path:
 
 def _plots(result: DataResult) -> list[Plot]:
     together = (("prompt",), ("reference",), ("chosen", "rejected"))
+    if not any(lengths.count for lengths in result.ids.values()):
+        return []
     return [_lengths({name: result.ids[name] for name in names}) for names in together]
 
 

@@ -177,12 +177,10 @@ def _calibration(models: Sequence[ModelEvaluation], keys: Sequence[Key]) -> Plot
 def _by_length(models: Sequence[ModelEvaluation], keys: Sequence[Key]) -> Iterator[Plot]:
     """Accuracy by how long the outputs are, and by which one is how much longer."""
     scores = models[0].pairs
-    mean = (scores.chosen_lengths + scores.rejected_lengths) / 2
-    inner = np.unique(np.quantile(mean, np.linspace(0, 1, PARTS + 1)[1:-1]).round())
-    bounds = [-1, *inner.astype(int).tolist(), math.ceil(mean.max())]
-    names = [f"{low + 1:,} to {high:,}" for low, high in pairwise(bounds)]
-    masks = [np.searchsorted(inner, mean, side="left") == i for i in range(len(names))]
-    yield _masked("by-length", "By length of the outputs, characters", names, masks, models, keys)
+    longer = np.maximum(scores.chosen_lengths, scores.rejected_lengths)
+    yield _masked(
+        "by-length", "By length of the longer output, characters", _fifths(longer), models, keys
+    )
     chosen = np.maximum(scores.chosen_lengths, 1)
     ratio = np.log2(chosen / np.maximum(scores.rejected_lengths, 1))
     limit = math.log2(1.1)
@@ -193,21 +191,29 @@ def _by_length(models: Sequence[ModelEvaluation], keys: Sequence[Key]) -> Iterat
         "chosen longer": (ratio > limit) & (ratio < 1),
         "chosen ≥ 2 ×": ratio >= 1,
     }
-    yield _masked(
-        "by-longer", "By which output is longer", [*sides], [*sides.values()], models, keys
-    )
+    yield _masked("by-longer", "By which output is longer", sides, models, keys)
+
+
+def _fifths(lengths: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
+    """Masks of parts of about equal size, by the lengths that they hold; fewer where many are
+    equal."""
+    inner = np.quantile(lengths, np.linspace(0, 1, PARTS + 1)[1:-1], method="nearest")
+    bounds = np.unique([lengths.min() - 1, *inner, lengths.max()]).tolist()
+    return {
+        f"{low + 1:,} to {high:,}": (lengths > low) & (lengths <= high)
+        for low, high in pairwise(bounds)
+    }
 
 
 def _masked(
     id: str,
     title: str,
-    names: Sequence[str],
-    masks: Sequence[NDArray[np.bool_]],
+    masks: dict[str, NDArray[np.bool_]],
     models: Sequence[ModelEvaluation],
     keys: Sequence[Key],
 ) -> Plot:
     """Accuracy in the parts of the pairs that hold any."""
-    kept = [(name, mask) for name, mask in zip(names, masks) if mask.any()]
+    kept = [(name, mask) for name, mask in masks.items() if mask.any()]
     series = []
     for key, model in zip(keys, models):
         figures = []
@@ -250,8 +256,7 @@ def _density(number: int, model: ModelEvaluation) -> Plot:
 
 
 def _means(key: Key, lengths: NDArray[np.int64], rewards: NDArray[np.float64]) -> Line:
-    """Mean reward of parts of equal size, by length."""
-    order = np.argsort(lengths, kind="stable")
-    parts = [part for part in np.array_split(order, PARTS) if len(part)]
-    x = [float(np.median(lengths[part])) for part in parts]
-    return Line(key, x, [float(rewards[part].mean()) for part in parts])
+    """Mean reward of parts by length."""
+    masks = _fifths(lengths).values()
+    x = [float(np.median(lengths[mask])) for mask in masks]
+    return Line(key, x, [float(rewards[mask].mean()) for mask in masks])

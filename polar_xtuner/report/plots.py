@@ -26,7 +26,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
 from polar_xtuner.report.text import short
@@ -290,8 +290,10 @@ def _finish_histogram(axes: Axes, x_label: str) -> None:
 
 def _log_axis(axes: Axes) -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(10, numticks=6))
-    axes.xaxis.set_minor_locator(LogLocator(1000, numticks=2))
+    low, high = axes.get_xlim()
+    few = high < 100 * low
+    axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5) if few else (1,), numticks=6))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
 
 
@@ -396,7 +398,7 @@ def shares(
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(False, axis="y")
         low = min((low for each in series for low in each.lows if np.isfinite(low)), default=0.0)
-        axes.set_xlim(max(0.0, min(low - 0.04, 0.46)), 1.02)
+        axes.set_xlim(max(-0.02, min(low - 0.04, 0.46)), 1.02)
         axes.axvline(0.5, color=LIGHT["muted"], linewidth=1)
         axes.xaxis.set_major_locator(_ticks(5))
         axes.set_xlabel(x_label)

@@ -49,8 +49,12 @@ def write_run_report(folder: Path, runs: Sequence[RunLog], smooth: float = 0.0) 
 
     Raises:
         OSError: the folder cannot be made or written to.
+        ValueError: none of the logs has a figure to draw.
     """
     training, validation = training_panels(runs, smooth), validation_panels(runs)
+    if not training and not validation:
+        names = ", ".join(run.name for run in runs)
+        raise ValueError(f"nothing to draw: {names} has no {', '.join(TRAINING)}")
     page = write_page(
         folder,
         "runs.html",
