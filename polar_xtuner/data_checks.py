@@ -64,6 +64,7 @@ LONG_PROMPT = 20
 
 _CHAT_MARK = re.compile(
     r"<\|[a-z0-9_]+\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|\[UNUSED_TOKEN_\d+\]"
+    r"|<extra_id_\d+>"
 )
 _TRANSCRIPT = re.compile(
     r"\n\n(?:Human|Assistant): |### (?:Instruction|Response|Input|Human|Assistant):"

@@ -30,10 +30,7 @@ from typing import Any, NamedTuple
 from polar_xtuner._checks import Problem, RawRow, found
 from polar_xtuner.data_checks import digest
 from polar_xtuner.records import BadRow, RowError, find_files, parse_row, read_raw, text_of
-
-Raw = dict[str, Any]
-Message = dict[str, str]
-Text = str | list[Message]
+from polar_xtuner.row_files import Message, Raw, Text, as_messages
 
 PAIRS = ("paper", "all")
 BEST = "best"
@@ -237,10 +234,10 @@ def _row(
     read: Answers, format: str, reference: Text, chosen: Text, rejected: list[Text], several: bool
 ) -> Raw:
     row: Raw = {
-        "prompt": _messages(read.prompt, "user"),
-        "reference": _messages(reference, "assistant"),
-        "chosen": _messages(chosen, "assistant"),
-        "rejected": [_messages(text, "assistant") for text in rejected],
+        "prompt": as_messages(read.prompt, "user"),
+        "reference": as_messages(reference, "assistant"),
+        "chosen": as_messages(chosen, "assistant"),
+        "rejected": [as_messages(text, "assistant") for text in rejected],
     }
     if not several:
         row["rejected"] = row["rejected"][0]
@@ -251,12 +248,6 @@ def _row(
         if isinstance(value, (str, int)) and not isinstance(value, bool):
             return {**row, "id": str(value)}
     return row
-
-
-def _messages(text: Text, role: str) -> list[Message]:
-    if isinstance(text, str):
-        return [{"role": role, "content": text}]
-    return [{"role": m.get("role") or role, "content": m["content"]} for m in text]
 
 
 # References that are named

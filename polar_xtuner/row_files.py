@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,8 @@ BATCH = 1000
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 
 Raw = dict[str, Any]
+Message = dict[str, str]
+Text = str | list[Message]
 
 
 def write_rows(
@@ -26,6 +28,7 @@ def write_rows(
     *,
     on_bad_row: str = "error",
     several: bool = False,
+    names: Sequence[str] = ("source", "id"),
     empty: Callable[[], str] = lambda: "there is no row to write",
 ) -> int:
     """Writes raw rows; how many. Their fields are the same in all, texts are message lists.
@@ -34,6 +37,7 @@ def write_rows(
         output: its ending is one of `ENDINGS`.
         on_bad_row: see `RowCheck`.
         several: `rejected` is a list of candidates.
+        names: fields that may be there beside the texts, all strings.
         empty: says what is wrong if there is no row.
 
     Raises:
@@ -44,7 +48,7 @@ def write_rows(
     write = _parquet if output.name.lower().endswith(".parquet") else _lines
     unfinished = output.with_name(f".{output.name}.unfinished")
     try:
-        written = write(RowCheck(on_bad_row).accept(rows), unfinished, several)
+        written = write(RowCheck(on_bad_row).accept(rows), unfinished, several, names)
         if not written:
             raise ValueError(empty())
         unfinished.replace(output)
@@ -69,7 +73,7 @@ def check_output(output: Path) -> None:
             ) from None
 
 
-def _lines(rows: Iterable[Raw], path: Path, several: bool) -> int:
+def _lines(rows: Iterable[Raw], path: Path, several: bool, names: Sequence[str]) -> int:
     written = 0
     with _text(path) as stream:
         for row in rows:
@@ -88,7 +92,7 @@ def _text(path: Path) -> Iterator[Any]:
             yield stream
 
 
-def _parquet(rows: Iterable[Raw], path: Path, several: bool) -> int:
+def _parquet(rows: Iterable[Raw], path: Path, several: bool, names: Sequence[str]) -> int:
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
@@ -96,7 +100,7 @@ def _parquet(rows: Iterable[Raw], path: Path, several: bool) -> int:
     columns = dict.fromkeys(("prompt", "reference", "chosen", "rejected"), messages)
     if several:
         columns["rejected"] = pa.list_(messages)
-    columns |= dict.fromkeys(("wrapper", "source", "id"), pa.string())
+    columns |= dict.fromkeys(names, pa.string())
     schema = pa.schema([*columns.items()])
     written = 0
     rows = iter(rows)
@@ -105,3 +109,10 @@ def _parquet(rows: Iterable[Raw], path: Path, several: bool) -> int:
             writer.write_table(pa.Table.from_pylist(batch, schema))
             written += len(batch)
     return written
+
+
+def as_messages(text: Text, role: str) -> list[Message]:
+    """A text as a message of `role`; messages as they are, with that role where they have none."""
+    if isinstance(text, str):
+        return [{"role": role, "content": text}]
+    return [{"role": m.get("role") or role, "content": m["content"]} for m in text]
