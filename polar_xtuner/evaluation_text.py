@@ -50,13 +50,13 @@ def _of_model(model: ModelEvaluation) -> Iterator[str]:
 
 
 def _pair_lines(parts: Mapping[str, Figures], model: ModelEvaluation) -> Iterator[Sequence[str]]:
+    figures = model.figures.pairs
     for name, part in parts.items():
         if part.pairs:
             yield _pair_line(name, part.pairs)
-    figures = model.figures.pairs
-    if figures["prompts"] < figures["pairs"]:
-        low, high = figures["accuracy_prompts_low"], figures["accuracy_prompts_high"]
-        yield "  over prompts", _count(figures["prompts"]), "", _interval(low, high)
+        if part is model.figures and figures["prompts"] < figures["pairs"]:
+            low, high = figures["accuracy_prompts_low"], figures["accuracy_prompts_high"]
+            yield "  over prompts", _count(figures["prompts"]), "", _interval(low, high)
     if model.shuffled:
         lengths = model.figures.lengths
         yield _pair_line("references shuffled", model.shuffled.pairs)
