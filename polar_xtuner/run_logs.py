@@ -4,14 +4,16 @@ Every start of a run has a folder of its own in the work dir, named by the time,
 `vis_data/scalars.json`: one JSON object a log line. A line of training has `iter`; one of
 validation has none, and its figures are named by their set, as `val/accuracy`.
 
-A start that resumes a run stands for all that comes after the step it begins at: what an earlier
-one logged from there on was lost with the weights. So a curve is cut where the next start begins,
-and never goes back.
+A start stands for all that comes after the step it begins at: what an earlier one logged from there
+on was lost with the weights. So a curve is cut where the next start begins, and never goes back. A
+log line is of the interval before it, and the log does not say where a start begins, so that is
+taken to be an interval before its first line.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,13 +98,12 @@ def read_run(work_dir: Path, name: str) -> RunLog:
     training = _Curves()
     validation = _Curves()
     for log in logs:
-        training.start()
-        validation.start()
-        for line in _lines(log):
-            if "iter" in line:
-                training.add(line, _NO_FIGURE)
-            else:
-                validation.add(line, _NO_FIGURE | _OF_NO_VALIDATION)
+        lines = [*_lines(log)]
+        of_training = [line for line in lines if "iter" in line]
+        of_validation = [line for line in lines if "iter" not in line]
+        begin = _begin(of_training or of_validation[:1])
+        training.add(begin, of_training, _NO_FIGURE)
+        validation.add(begin, of_validation, _NO_FIGURE | _OF_NO_VALIDATION)
     return RunLog(name, training.finished(), validation.finished())
 
 
@@ -119,28 +120,28 @@ def _lines(log: Path) -> Iterable[dict[str, Any]]:
             raise ValueError(f"{log}:{number} is no log line of mmengine, which has a step")
 
 
+def _begin(lines: Sequence[dict[str, Any]]) -> float:
+    """The step after which a start begins: an interval before its first line."""
+    steps = [line["step"] for line in lines[:2]]
+    return steps[0] - max(1, steps[-1] - steps[0]) if steps else math.inf
+
+
 class _Curves:
-    """Curves that grow line by line, over the starts of a run."""
+    """Curves that grow over the starts of a run."""
 
     def __init__(self) -> None:
         self._values: dict[int, dict[str, float]] = {}
-        self._started = False
 
-    def start(self) -> None:
-        """What follows is of another start."""
-        self._started = True
-
-    def add(self, line: dict[str, Any], others: set[str]) -> None:
-        step = line["step"]
-        if self._started:
-            self._values = {s: values for s, values in self._values.items() if s < step}
-            self._started = False
-        figures = {
-            name: float(value)
-            for name, value in line.items()
-            if name not in others and isinstance(value, (int, float))
-        }
-        self._values.setdefault(step, {}).update(figures)
+    def add(self, begin: float, lines: Sequence[dict[str, Any]], others: set[str]) -> None:
+        """The lines of a start that begins after a step; `others` name what is no figure."""
+        self._values = {step: v for step, v in self._values.items() if step <= begin}
+        for line in lines:
+            figures = {
+                name: float(value)
+                for name, value in line.items()
+                if name not in others and isinstance(value, (int, float))
+            }
+            self._values.setdefault(line["step"], {}).update(figures)
 
     def finished(self) -> dict[str, Curve]:
         names = dict.fromkeys(name for values in self._values.values() for name in values)

@@ -22,7 +22,7 @@ STARTS = st.lists(
 
 
 @given(STARTS)
-def test_a_later_start_stands_from_the_step_it_begins_at(
+def test_a_later_start_stands_from_an_interval_before_its_first_line(
     tmp_path_factory: pytest.TempPathFactory, starts: list[list[int]]
 ) -> None:
     work_dir = tmp_path_factory.mktemp("run")
@@ -32,10 +32,27 @@ def test_a_later_start_stands_from_the_step_it_begins_at(
         (step, number + step / 99)
         for number, steps in enumerate(starts)
         for step in steps
-        if all(later[0] > step for later in starts[number + 1 :])
+        if all(later[0] - _interval(later) >= step for later in starts[number + 1 :])
     ]
     curve = read_run(work_dir, "run").training["loss"]
     assert [*zip(curve.steps.tolist(), curve.values.tolist())] == sorted(survivors)
+
+
+def _interval(steps: list[int]) -> int:
+    return steps[1] - steps[0] if len(steps) > 1 else 1
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    write_start(tmp_path, "20260101_000000", range(10, 101, 10))
+    write_start(tmp_path, "20260102_000000", range(90, 131, 10))
+    steps = read_run(tmp_path, "run").training["loss"].steps
+    assert steps.tolist() == list(range(10, 131, 10))
+
+
+def test_a_run_that_began_anew_has_nothing_of_the_one_before(tmp_path: Path) -> None:
+    write_start(tmp_path, "20260101_000000", range(1, 101))
+    write_start(tmp_path, "20260102_000000", range(10, 51, 10))
+    assert read_run(tmp_path, "run").training["loss"].steps.tolist() == [10, 20, 30, 40, 50]
 
 
 @given(st.data())
@@ -75,8 +92,8 @@ def test_training_and_validation_are_told_apart(tmp_path: Path) -> None:
 
 def test_validation_before_the_resumed_step_stays(tmp_path: Path) -> None:
     write_start(tmp_path, "20260101_000000", range(1, 11), [4, 8])
-    write_start(tmp_path, "20260102_000000", range(6, 13), [8, 12])
-    assert read_run(tmp_path, "run").validation["val/loss"].steps.tolist() == [4, 8, 12]
+    write_start(tmp_path, "20260102_000000", range(6, 17), [8, 12, 16])
+    assert read_run(tmp_path, "run").validation["val/loss"].steps.tolist() == [4, 8, 12, 16]
 
 
 def test_what_is_not_finite_is_kept(tmp_path: Path) -> None:

@@ -171,11 +171,11 @@ def save_curves(
         rows = -(-len(panels) // 2)
         figure = Figure(figsize=(13, 3.6 * rows + 0.5), facecolor=LIGHT["paper"])
         FigureCanvasAgg(figure)
-        grid = figure.subplots(rows, 2, squeeze=False).flat
+        grid = figure.subplots(rows, 2, squeeze=False).ravel().tolist()
         for axes, (title, lines) in zip(grid, panels):
             _draw_curves(axes, lines, x_label, None)
             axes.set_title(short(title, 60))
-        for axes in list(grid)[len(panels) :]:
+        for axes in grid[len(panels) :]:
             axes.set_axis_off()
         keys = list(dict.fromkeys(line.key for _, lines in panels for line in lines))
         handles = [axes.plot([], [], label=short(key.name, 60), **key.line)[0] for key in keys]

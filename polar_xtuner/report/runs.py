@@ -60,7 +60,6 @@ def write_run_report(folder: Path, runs: Sequence[RunLog], smooth: float = 0.0) 
         "runs.html",
         version=__version__,
         names=[run.name for run in runs],
-        keys=_keys(runs),
         smooth=smooth,
         training=[_plot(panel) for panel in training],
         validation=[_plot(panel) for panel in validation],
