@@ -20,23 +20,35 @@ from pathlib import Path
 from typing import Any
 
 from polar_xtuner.records import BadRowsError, find_files
+from polar_xtuner.tokenizer import local_folder
 
 
 def evaluate(args: argparse.Namespace) -> None:
     try:
         from polar_xtuner import calibration, evaluation_text, model_evaluation
-        from polar_xtuner.checkpoint_scorer import as_hf_folder
+        from polar_xtuner.checkpoint_scorer import as_hf_folder, config_beside, is_checkpoint
         from polar_xtuner.scoring import PolarScorer
 
         if args.report:
             from polar_xtuner.report import write_evaluation_report
+        if args.scores and args.scores.suffix.lower() == ".parquet":
+            import pyarrow.parquet  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(f"needs {error.name}: pip install 'polar_xtuner[eval]'") from None
     check_outputs(args)
+    names = [args.model, *args.against]
+    checkpoints = [name for name in names if is_checkpoint(name)]
+    if (args.config or args.cfg_options) and not checkpoints:
+        raise ValueError("--config and --cfg-options are for training checkpoints; none is given")
+    for name in names:  # what is wrong with the last one should not be told after hours
+        if name not in checkpoints:
+            local_folder(name)
+        elif args.config is None:
+            config_beside(Path(name))
     files = find_files(args.files)
     rows, bad_rows = model_evaluation.rows_to_evaluate(files, args.on_bad_row)
     models = []
-    for name in (args.model, *args.against):
+    for name in names:
         with as_hf_folder(name, args.config, args.cfg_options) as folder:
             scorer = PolarScorer(folder, args.device, args.dtype, **lengths_of(args))
             models.append(
