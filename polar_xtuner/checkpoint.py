@@ -246,6 +246,7 @@ class PolarCheckpointHook(CheckpointHook):  # type: ignore[misc]
     of `PolarMetric` it knows whether more or less is better (`save_best`).
 
     Raises:
+        ValueError: `save_best` names a figure that is not known, and there is no `rule`.
         CheckpointError: after the run, if its last checkpoint could not be written.
     """
 
@@ -253,6 +254,13 @@ class PolarCheckpointHook(CheckpointHook):  # type: ignore[misc]
         if save_best is not None and rule is None:
             names = [save_best] if isinstance(save_best, str) else save_best
             rule = [RULES.get(name.rpartition("/")[2]) for name in names]
+            unknown = [name for name, of_it in zip(names, rule) if of_it is None]
+            if unknown:
+                raise ValueError(
+                    f"save_best={unknown[0]}: whether more or less of it is better is not known. "
+                    f"Known are {', '.join(RULES)}, as in val/accuracy or val/SET/accuracy; for "
+                    "another one set default_hooks.checkpoint.rule to 'greater' or 'less'"
+                )
         super().__init__(*args, save_best=save_best, rule=rule, **options)
 
     def before_train(self, runner: Any) -> None:

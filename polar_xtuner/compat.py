@@ -121,7 +121,8 @@ def let_settings_follow_cfg_options() -> None:
         }
         for name, value in options.items():
             setting, _, key = name.partition(".")
-            if key and "." not in key and setting in self and self[setting] is None:
+            is_none = setting in self and self[setting] is None and setting not in options
+            if key and "." not in key and is_none:
                 settings.setdefault(setting, {})[key] = value
         # `Config.fromstring` names a file that is gone.
         has_file = self.filename and Path(self.filename).is_file()

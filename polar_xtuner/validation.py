@@ -108,11 +108,15 @@ class _EvaluationLoop(BaseLoop):  # type: ignore[misc]
                 )
             self._shuffled = build_evaluation(runner, config, shuffled_references=True)
 
+    @property
+    def is_polar(self) -> bool:
+        """Whether all metrics are `PolarMetric`."""
+        return all(isinstance(metric, PolarMetric) for metric in self.evaluator.metrics)
+
     def names(self) -> list[str]:
         """Of the figures that `PolarMetric` will give."""
         self.evaluator.dataset_meta = self.dataloader.dataset.metainfo
-        metrics = [metric for metric in self.evaluator.metrics if isinstance(metric, PolarMetric)]
-        return [name for metric in metrics for name in metric.names()]
+        return [name for metric in self.evaluator.metrics for name in metric.names()]
 
     @property
     def is_idle(self) -> bool:
@@ -193,7 +197,9 @@ def check_save_best(runner: Any, validation: PolarValLoop | None) -> None:
     ]
     if wanted and validation is None:
         raise ValueError(f"save_best={wanted[0]} needs rows to validate on: set val_data_files")
-    known = validation.names() if wanted and validation is not None else []
+    if not wanted or validation is None or not validation.is_polar:
+        return  # what other metrics give is known when they give it
+    known = validation.names()
     for name in wanted:
         if name not in known:
             near = get_close_matches(name, known, 3) or known[:8]
@@ -275,7 +281,9 @@ class PolarMetric(BaseMetric):  # type: ignore[misc]
         control = self.dataset_meta.get("control", "")
         if self.scores_file is not None and not control and is_main_process():
             self._write(*every)
-        return {"/".join(filter(None, (self.prefix, control, k))): v for k, v in metrics.items()}
+        prefix = "/".join(filter(None, (self.prefix, control)))
+        # mmengine's log of a test drops numbers of numpy's other types.
+        return {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
 
     def compute_metrics(self, results: list[Any]) -> Figures:
         """Figures of a single (pairs, chosen rewards, rejected rewards), without prefix."""

@@ -61,7 +61,7 @@ def test_the_last_id_is_never_shared_even_of_a_single_sequence() -> None:
 # A store holds what was added to it.
 
 
-def build(*content: tuple[list[list[int]], list[tuple[int, int, float]], tuple[int, int]]) -> Any:
+def build(*content: tuple[list[list[int]], list[tuple[int, int, float]], tuple[int, ...]]) -> Any:
     def build_store(writer: StoreWriter) -> dict[str, Any]:
         for group, pairs, row in content:
             write(writer, group, pairs, row)
@@ -70,17 +70,17 @@ def build(*content: tuple[list[list[int]], list[tuple[int, int, float]], tuple[i
     return build_store
 
 
-def write(writer: StoreWriter, group: Any, pairs: Any, row: tuple[int, int]) -> None:
+def write(writer: StoreWriter, group: Any, pairs: Any, row: tuple[int, ...]) -> None:
     block = Block()
     block.add(group, [(*pair, *row) for pair in pairs])
     writer.write(block.arrays())
 
 
-PAIR_OF_TWO = ([[1, 2, 3, REWARD], [1, 2, REWARD]], [(0, 1, 0.25)], (0, 1))
+PAIR_OF_TWO = ([[1, 2, 3, REWARD], [1, 2, REWARD]], [(0, 1, 0.25)], (0, 1, 0, 0, 0, 9, 3))
 GROUP_OF_THREE = (
     [[1, 5, REWARD], [1, 6, 6, REWARD], [1, 7, REWARD]],
     [(0, 2, -1e-9), (1, 2, 0.1)],
-    (1, 2**40),
+    (1, 2**40, 3, 1, 2, 2**20, 0),
 )
 
 
@@ -94,7 +94,7 @@ GROUP_OF_THREE = (
                 min_size=1,
                 max_size=3,
             ),
-            st.tuples(st.integers(0, 9), st.integers(1, 2**62)),
+            st.tuples(st.integers(0, 9), st.integers(1, 2**62), *[st.integers(0, 2**31 - 1)] * 5),
         ),
         max_size=4,
     )
@@ -146,9 +146,12 @@ def test_some_pairs_of_a_group_keep_their_candidates_margins_and_rows(
 ) -> None:
     numbers = st.integers(0, len(group) - 1)
     pairs = data.draw(
-        st.lists(st.tuples(numbers, numbers, st.floats(0, 1), st.just(0), st.integers(0, 99)),
-                 min_size=1, max_size=8)
-    )  # fmt: skip
+        st.lists(
+            st.tuples(numbers, numbers, st.floats(0, 1), *[st.integers(0, 99)] * 7),
+            min_size=1,
+            max_size=8,
+        )
+    )
     chosen = data.draw(st.lists(st.sampled_from(range(len(pairs))), min_size=1, unique=True))
     block = Block()
     block.add(group, pairs)
@@ -167,7 +170,7 @@ def test_some_pairs_of_a_group_keep_their_candidates_margins_and_rows(
 
 
 def test_the_largest_ids_and_offsets_are_kept(tmp_path: Path) -> None:
-    store = open_or_build(tmp_path, "key", build(([[1, 2**32 - 1]], [], (0, 1))))
+    store = open_or_build(tmp_path, "key", build(([[1, 2**32 - 1]], [], (0,) * 7)))
     assert store[0].tokens.tolist() == [1, 2**32 - 1]
 
 
@@ -237,7 +240,7 @@ def build(writer):
     print("building", flush=True)
     for number in range(int(sys.argv[2])):
         block = Block()
-        block.add([[1, 2, 9], [1, number, 3, 9]], [(0, 1, 0.0, 0, number)])
+        block.add([[1, 2, 9], [1, number, 3, 9]], [(0, 1, 0.0, 0, number, 0, 0, 0, 1, 2)])
         writer.write(block.arrays())
         time.sleep(float(sys.argv[3]))
     return {}
@@ -424,7 +427,7 @@ def test_a_complete_store_is_read_where_nothing_can_be_written(
 @pytest.fixture
 def large(tmp_path: Path) -> TokenStore:
     content = [
-        ([[1, i, *range(10, 1000), REWARD], [1, i, REWARD]], [(0, 1, 0.0)], (0, i))
+        ([[1, i, *range(10, 1000), REWARD], [1, i, REWARD]], [(0, 1, 0.0)], (0, i, 0, 0, 0, 1, 1))
         for i in range(300)
     ]
     return open_or_build(tmp_path, "key", build(*content))

@@ -178,9 +178,12 @@ def test_a_pack_written_out() -> None:
     assert data["margins_P"].tolist() == [0.5, 0, -1]
 
 
-def test_the_rows_of_the_pack_go_along() -> None:
+def test_the_rows_and_pairs_of_the_pack_go_along() -> None:
     pack = instance(TWO_GROUPS)
-    assert collate_pack([pack])["data_samples"] == {"rows": pack["rows"]}
+    samples = collate_pack([pack])["data_samples"]
+    assert samples["rows"] == pack["rows"]
+    pairs = [pair for group in pack["groups"] for pair in group.pairs.tolist()]
+    assert samples["pairs"].tolist() == pairs
 
 
 def test_a_mapped_store_is_copied_and_stays_as_it_is() -> None:

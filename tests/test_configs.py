@@ -10,7 +10,9 @@ from mmengine.registry import (
     DATA_SAMPLERS,
     FUNCTIONS,
     HOOKS,
+    LOG_PROCESSORS,
     LOOPS,
+    METRICS,
     MODEL_WRAPPERS,
     MODELS,
     OPTIM_WRAPPERS,
@@ -29,7 +31,7 @@ CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 BASES = [path for path in CONFIGS if "_base_" not in path.read_text()]
 REGISTRIES = (
     *(BUILDER, MODELS, MODEL_WRAPPERS, DATA_SAMPLERS, FUNCTIONS, LOOPS, HOOKS, PARAM_SCHEDULERS),
-    *(OPTIMIZERS, OPTIM_WRAPPERS, VISBACKENDS, VISUALIZERS),
+    *(OPTIMIZERS, OPTIM_WRAPPERS, VISBACKENDS, VISUALIZERS, METRICS, LOG_PROCESSORS),
 )
 NOT_SETTINGS = {"load_from", "resume", "log_level", "runner_type", "sequence_parallel_size"}
 """Top-level names that xtuner reads itself."""

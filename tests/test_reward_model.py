@@ -148,8 +148,16 @@ def test_forward_without_a_layout_is_an_error():
 
 
 def test_another_mode_is_an_error():
-    with pytest.raises(ValueError, match="'tensor' or 'loss', got 'predict'"):
-        PolarRewardModel(random_llm())(pack(), mode="predict")
+    with pytest.raises(ValueError, match="'predict' or 'loss', got 'scores'"):
+        PolarRewardModel(random_llm())(pack(), mode="scores")
+
+
+def test_mode_predict_gives_the_rewards_of_the_pairs():
+    model, data = PolarRewardModel(random_llm()).eval(), pack()
+    rewards = model(data)
+    (of_pairs,) = model(data, mode="predict")
+    assert torch.equal(of_pairs["chosen"], rewards[data["chosen_P"]])
+    assert torch.equal(of_pairs["rejected"], rewards[data["rejected_P"]])
 
 
 @pytest.mark.parametrize("options", [{}, {"loss_type": "focal", "penalty_type": "L2"}], ids=str)
