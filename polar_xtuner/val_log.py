@@ -32,7 +32,7 @@ def table(figures: Mapping[str, Any]) -> str:
     for name, value in figures.items():
         what, _, figure = name.rpartition("/")
         if isinstance(value, Real) and not math.isnan(value):
-            parts.setdefault(what, {})[figure] = value
+            parts.setdefault(what, {})[figure] = float(value)
     width = max((len(what) for what in parts), default=0)
     lines = [f"  {what:{width}}  {_line(part)}" for what, part in parts.items()]
     return "\n".join(lines)
