@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
+from polar_xtuner.evaluation import likeliest_temperature
 from polar_xtuner.model_evaluation import ModelEvaluation, ScoredRow
 from polar_xtuner.rewards import CALIBRATION, Calibration
 
 
 def calibration_of(evaluation: ModelEvaluation) -> Calibration:
     """Mean and deviation (of a population) of the rewards of all candidates, and the temperature
-    of all pairs. A candidate that stands in several rows counts once.
+    at which all pairs are likeliest. A candidate that stands in several rows counts once.
 
     Raises:
         ValueError: there is no temperature, or all rewards are equal; says why.
@@ -28,21 +29,19 @@ def calibration_of(evaluation: ModelEvaluation) -> Calibration:
     figures = evaluation.figures.pairs
     if not figures:
         raise ValueError("not calibrated: no row has chosen and rejected, for the temperature")
-    if np.isnan(figures["temperature"]):
+    temperature = likeliest_temperature(evaluation.pairs.chosen, evaluation.pairs.rejected)
+    if np.isnan(temperature):
         raise ValueError(
-            f"not calibrated: no temperature fits an accuracy of {figures['accuracy']:.4g} on "
-            f"{figures['pairs']} pairs: {_why_none(figures['accuracy'])}"
+            f"not calibrated: no temperature fits an accuracy of {figures['accuracy']:.4g} and a "
+            f"mean margin of {figures['margin']:.4g} on {figures['pairs']} pairs: "
+            + (
+                "where no pair is wrong, the lower the better. Give harder pairs, or more"
+                if figures["margin"] > 0
+                else "margins that point to the rejected output are no probabilities of any scale"
+            )
         )
     rewards = np.array([*_rewards(evaluation.rows).values()])
-    return Calibration(float(rewards.mean()), float(rewards.std()), figures["temperature"])
-
-
-def _why_none(accuracy: float) -> str:
-    if accuracy == 1:
-        return "where every pair is right, the lower the better. Give harder pairs, or more"
-    if accuracy <= 0.5:
-        return "margins that are right no more often than wrong are no probabilities of any scale"
-    return "the best one is at the bounds of the search (docs/evaluation.md)"
+    return Calibration(float(rewards.mean()), float(rewards.std()), temperature)
 
 
 def _rewards(rows: Sequence[ScoredRow]) -> dict[tuple[str, ...], float]:

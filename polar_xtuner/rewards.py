@@ -115,7 +115,7 @@ class Calibration(NamedTuple):
     Attributes:
         mean, std: of the rewards on the data that it was calibrated with.
         temperature: by which margins are divided so that sigmoid(margin / temperature) is the
-            share of pairs that are ranked right.
+            probability that a pair is ranked right.
     """
 
     mean: float

