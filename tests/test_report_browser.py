@@ -201,6 +201,7 @@ def test_every_plot_is_there_and_has_words(
 def test_a_page_asks_for_nothing_and_complains_of_nothing(
     browser: Any, pages: dict[str, Path], name: str
 ) -> None:
+    browser.get_log("browser")  # of the tests before
     show(browser, pages[name])
     entries = browser.execute_script(
         "return performance.getEntriesByType('resource').map(e => e.name)"
@@ -226,6 +227,15 @@ def test_hostile_rows_are_text(browser: Any, pages: dict[str, Path]) -> None:
     for text in examples.HOSTILE:
         assert visible(text[:600]) in contents
     _nothing_has_run(browser)
+
+
+def test_markup_that_got_in_would_not_run(browser: Any, pages: dict[str, Path]) -> None:
+    show(browser, pages["one"])
+    browser.execute_async_script(
+        "document.body.insertAdjacentHTML('beforeend', arguments[0]);setTimeout(arguments[1], 200)",
+        f'<img src="x" onerror="{examples.ALARM}">',
+    )
+    assert browser.title != "run"
 
 
 @pytest.mark.parametrize("name", ["three", "data"])
@@ -259,3 +269,16 @@ def test_colours_follow_the_scheme(browser: Any, pages: dict[str, Path]) -> None
             )
         )
     assert all(light != dark for light, dark in zip(*seen))
+
+
+def test_paper_is_white(browser: Any, pages: dict[str, Path]) -> None:
+    show(browser, pages["three"], 760, "dark")
+    media = {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    ground, nav, beyond = browser.execute_script(
+        "return [getComputedStyle(document.body).backgroundColor,"
+        " getComputedStyle(document.querySelector('nav')).display,"
+        " document.documentElement.scrollWidth - document.documentElement.clientWidth]"
+    )
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert (ground, nav, beyond) == ("rgb(255, 255, 255)", "none", 0)

@@ -26,10 +26,11 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
-from polar_xtuner.report.text import short
+from polar_xtuner.report.text import ending, short
 
 WIDTH, HEIGHT = 352, 240
 """CSS pixels."""
@@ -148,24 +149,15 @@ class Shares:
     highs: Sequence[float]
 
 
-def curves(
-    id: str,
-    title: str,
-    label: str,
-    lines: Sequence[Line],
-    x_label: str = "iteration",
-    limits: tuple[float, float] | None = None,
-) -> Plot:
-    """Lines over one axis; `limits` of y."""
+def curves(id: str, title: str, label: str, lines: Sequence[Line]) -> Plot:
+    """Lines over the iterations."""
     with _style():
         figure, axes = _figure()
-        _draw_curves(axes, lines, x_label, limits)
+        _draw_curves(axes, lines)
         return _plot(figure, id, title, label, _several([line.key for line in lines]))
 
 
-def save_curves(
-    path: Path, panels: Sequence[tuple[str, Sequence[Line]]], x_label: str = "iteration"
-) -> None:
+def save_curves(path: Path, panels: Sequence[tuple[str, Sequence[Line]]]) -> None:
     """A PNG of curves, two panels beside each other, on white."""
     with _style():
         rows = -(-len(panels) // 2)
@@ -173,19 +165,17 @@ def save_curves(
         FigureCanvasAgg(figure)
         grid = figure.subplots(rows, 2, squeeze=False).ravel().tolist()
         for axes, (title, lines) in zip(grid, panels):
-            _draw_curves(axes, lines, x_label, None)
+            _draw_curves(axes, lines)
             axes.set_title(short(title, 60))
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         keys = list(dict.fromkeys(line.key for _, lines in panels for line in lines))
-        handles = [axes.plot([], [], label=short(key.name, 60), **key.line)[0] for key in keys]
+        handles = [Line2D([], [], label=ending(key.name, 60), **key.line) for key in keys]
         figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(keys)))
         figure.savefig(path, dpi=110)
 
 
-def _draw_curves(
-    axes: Axes, lines: Sequence[Line], x_label: str, limits: tuple[float, float] | None
-) -> None:
+def _draw_curves(axes: Axes, lines: Sequence[Line]) -> None:
     for line in lines:
         x = _thin(line.x)
         colour = LIGHT[line.key.colour]
@@ -196,11 +186,9 @@ def _draw_curves(
         alone = np.isfinite(np.asarray(line.y, float)).sum() == 1
         marker = "o" if line.points or alone else ""
         axes.plot(x, _thin(line.y), marker=marker, markersize=4.5, **line.key.line)
-    axes.set_xlabel(x_label)
-    axes.xaxis.set_major_locator(_ticks(5, integer=x_label == "iteration"))
+    axes.set_xlabel("iteration")
+    axes.xaxis.set_major_locator(_ticks(5, integer=True))
     axes.yaxis.set_major_locator(_ticks(5))
-    if limits is not None:
-        axes.set_ylim(*limits)
 
 
 def _thin(values: ArrayLike) -> Any:
@@ -275,10 +263,10 @@ def _brief(number: float) -> str:
     return f"{number:g}"
 
 
-def _draw_steps(axes: Axes, key: Key, edges: Any, shares: Any, filled: bool) -> None:
+def _draw_steps(axes: Axes, key: Key, edges: Any, heights: Any, filled: bool) -> None:
     if filled:
-        axes.stairs(shares, edges, fill=True, color=LIGHT[key.colour], alpha=0.25)
-    axes.stairs(shares, edges, linewidth=1.6, **key.line)
+        axes.stairs(heights, edges, fill=True, color=LIGHT[key.colour], alpha=0.25)
+    axes.stairs(heights, edges, linewidth=1.6, **key.line)
 
 
 def _finish_histogram(axes: Axes, x_label: str) -> None:
@@ -314,9 +302,9 @@ def calibration(
             kept = np.isfinite(np.asarray(line.y, float))
             x, y = np.asarray(line.x, float)[kept], np.asarray(line.y, float)[kept]
             upper.plot(x, y, marker="o", markersize=4.5, **line.key.line)
-            shares = np.asarray(pairs, float)
-            edges = np.linspace(0.5, 1, len(shares) + 1)
-            _draw_steps(lower, line.key, edges, shares, len(lines) == 1)
+            per_bin = np.asarray(pairs, float)
+            edges = np.linspace(0.5, 1, len(per_bin) + 1)
+            _draw_steps(lower, line.key, edges, per_bin, len(lines) == 1)
         upper.set_ylabel("accuracy")
         upper.yaxis.set_major_locator(_ticks(5))
         lower.set_ylabel("pairs")
