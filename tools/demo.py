@@ -1,4 +1,4 @@
-"""The whole way on generated data: rows, training, checkpoint, conversion, scores.
+"""The whole way on generated data: rows, training, checkpoint, conversion, evaluation, scores.
 
 `make demo` runs this. Every stage is checked by what it leaves behind, because `xtuner` exits
 with 0 when the run inside it failed. The last line printed is one JSON object.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from mmengine.runner import load_checkpoint
 from transformers import AutoModel
 from xtuner.registry import BUILDER
 
-from polar_xtuner.evaluation import wilson_interval
 from polar_xtuner.records import Row, read_rows
 from polar_xtuner.scoring import PolarScorer
 from polar_xtuner.template import Candidate
@@ -49,21 +47,26 @@ def stage(title: str, command: list[str], leaves: Path, log: Path) -> float:
     return time.monotonic() - start
 
 
-def candidates(rows: list[Row], references: list[str]) -> list[Candidate]:
+def candidates(file: Path) -> list[Candidate]:
     """Chosen and rejected of every row, in turn."""
     return [
-        Candidate(row.prompt, reference, text, row.wrapper)
-        for row, reference in zip(rows, references)
+        Candidate(row.prompt, row.reference, text, row.wrapper)
+        for row in read_rows([file])
+        if isinstance(row, Row)
         for text in (*row.chosen, *row.rejected)
     ]
 
 
-def accuracy(scores: list[float]) -> tuple[float, str]:
-    """Of pairs of scores; the number, and the number with its interval."""
-    right = sum(chosen > rejected for chosen, rejected in zip(scores[::2], scores[1::2]))
-    n = len(scores) // 2
-    low, high = wilson_interval(right, n)
-    return right / n, f"{right / n:.3f}  [{low:.3f}, {high:.3f}]"
+def evaluated_scores(file: Path) -> list[float]:
+    """What `evaluate.py --scores` has written, in the order of `candidates`."""
+    lines = map(json.loads, file.read_text().splitlines())
+    return [s for line in lines for s in (*line["chosen_scores"], *line["rejected_scores"])]
+
+
+def shown(figures: dict[str, float]) -> str:
+    """The accuracy of pairs with its interval."""
+    low, high = figures["accuracy_low"], figures["accuracy_high"]
+    return f"{figures['accuracy']:.3f}  [{low:.3f}, {high:.3f}]"
 
 
 def training_scorer(scorer: PolarScorer, checkpoint: Path, base: Path) -> PolarScorer:
@@ -102,6 +105,8 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)  # nothing of an earlier run can pass for this one's
     folder.mkdir(parents=True)
     base, work_dir, converted = folder / "base", folder / "work_dir", folder / "hf"
+    held_out, scores_file = folder / "heldout.jsonl", folder / "scores.jsonl"
+    report = folder / "report"
 
     def python(tool: str, *options: object) -> list[str]:
         return [sys.executable, str(ROOT / "tools" / tool), *map(str, options)]
@@ -119,40 +124,40 @@ def main() -> None:
     # The command copies the config last.
     stage("conversion", convert, converted / "xtuner_config.py", folder / "convert.log")
 
-    rows = [row for row in read_rows([folder / "heldout.jsonl"]) if isinstance(row, Row)]
-    references = [row.reference for row in rows]
-    shuffled = random.Random(0).sample(references, len(references))
+    evaluation = python("evaluate.py", converted, held_out, "--controls", "--json")
+    evaluation += ["--scores", str(scores_file), "--report", str(report)]
+    log = folder / "evaluate.log"
+    stage("evaluation", evaluation, report / "index.html", log)
+    figures = json.loads(log.read_text().splitlines()[-1])
+    right, shuffled = figures["pairs"], figures["shuffled_references"]["pairs"]
+    scores = evaluated_scores(scores_file)
+    print("* scores of the training model, and of the converted one through AutoModel", flush=True)
     scorer = PolarScorer(str(converted), device="cpu")
-    held_out = candidates(rows, references)
-    print("* scores of the converted model, through this package and through AutoModel")
-    scores = scorer.score(held_out)
-    scores_shuffled = scorer.score(candidates(rows, shuffled))
-    auto_scores = auto_model_scores(converted, scorer.template.encode(held_out))
-    trained = training_scorer(scorer, checkpoint, base).score(held_out)
+    auto_scores = auto_model_scores(converted, scorer.template.encode(candidates(held_out)))
+    trained = training_scorer(scorer, checkpoint, base).score(candidates(held_out))
 
     def off(others: list[float]) -> float:
         return max(abs(a - b) for a, b in zip(trained, others))
 
-    right, shown = accuracy(scores)
-    right_shuffled, shown_shuffled = accuracy(scores_shuffled)
-    print(f"\n{'held-out pairs':34}{len(rows)}")
-    print(f"{'accuracy [95 % interval]':34}{shown}")
-    print(f"{'  with references shuffled':34}{shown_shuffled}")
+    print(f"\n{'held-out pairs':34}{right['pairs']}")
+    print(f"{'accuracy [95 % interval]':34}{shown(right)}")
+    print(f"{'  with references shuffled':34}{shown(shuffled)}")
     print(f"{'converted, off the training model':34}{off(scores):.1e}")
     print(f"{'  through AutoModel':34}{off(auto_scores):.1e}")
-    print(f"{'training':34}{train_seconds:.0f} s\n")
+    print(f"{'training':34}{train_seconds:.0f} s")
+    print(f"{'report':34}{report / 'index.html'}\n")
     result = {
-        "n": len(rows),
-        "accuracy": right,
-        "accuracy_shuffled_references": right_shuffled,
+        "n": right["pairs"],
+        "accuracy": right["accuracy"],
+        "accuracy_shuffled_references": shuffled["accuracy"],
         "max_score_diff": max(off(scores), off(auto_scores)),
         "train_seconds": round(train_seconds, 1),
     }
     failed = []
-    if right < 0.95:
-        failed.append(f"accuracy {right:.3f} is below 0.95")
-    if right_shuffled > 0.65:
-        failed.append(f"accuracy with shuffled references {right_shuffled:.3f} is above 0.65")
+    if right["accuracy"] < 0.95:
+        failed.append(f"accuracy {right['accuracy']:.3f} is below 0.95")
+    if shuffled["accuracy"] > 0.65:
+        failed.append(f"accuracy with shuffled references {shuffled['accuracy']:.3f} is above 0.65")
     if result["max_score_diff"] > 1e-4:
         failed.append(f"scores differ by {result['max_score_diff']:.1e}, more than 1e-4")
     print(json.dumps(result), flush=True)
