@@ -40,6 +40,9 @@ class Reader(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text += data
 
+    def handle_endtag(self, tag: str) -> None:
+        self.text += " " if tag in ("td", "th") else ""
+
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.attributes += attrs
 
@@ -239,6 +242,18 @@ def test_rows_with_labels_alone_make_a_page(tmp_path: Path) -> None:
     text = words(write_evaluation_report(tmp_path, of_rewards(rows, [1, 0, 1, 0, 1, 0, 0, 1])))
     assert "4 rows with 8 candidates" in text and "0.750" in text
     assert "Lowest margins" not in text and "Calibration" not in text
+
+
+def test_best_of_n_is_told_by_file_too(tmp_path: Path) -> None:
+    row = replace(pair(0), chosen=(), rejected=(), outputs=("a", "b"), extra={"labels": [1, 0]})
+    rows = [replace(row, file=name) for name in ("one.jsonl", "two.jsonl", "two.jsonl")]
+    content = write_evaluation_report(tmp_path, of_rewards(rows, [1, 0, 0, 1, 1, 0]))
+    reader = Reader(content.read_text(encoding="utf-8"))
+    links = [value for name, value in reader.attributes if name == "href" and value[:1] == "#"]
+    ids = [f"#{value}" for name, value in reader.attributes if name == "id"]
+    assert "#best" in links and {*links} <= {*ids}
+    text = " ".join(reader.text.split())
+    assert "one.jsonl 1 0.500 1.000" in text and "two.jsonl 2 0.500 0.500" in text
 
 
 def test_controls_say_what_they_mean(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from polar_xtuner import __version__
 from polar_xtuner.evaluation import calibration_curve, wilson_interval
 from polar_xtuner.model_evaluation import Evaluation, Figures, ModelEvaluation
 from polar_xtuner.records import Row
-from polar_xtuner.report.page import write_page
+from polar_xtuner.report.page import signed, write_page
 from polar_xtuner.report.plots import (
     Key,
     Line,
@@ -239,14 +239,15 @@ def _accuracies(id: str, title: str, names: Sequence[str], series: Sequence[Shar
 def _density(number: int, model: ModelEvaluation) -> Plot:
     scores = model.pairs
     correlation = model.figures.lengths["score_length_correlation"]
-    label = f"Rewards against lengths of the outputs, correlation {correlation:.2f}"
+    told = "" if math.isnan(correlation) else f", correlation {signed(correlation, 2)}"
+    label = f"Rewards against the lengths of all outputs{told}"
     lines = [
         _means(CHOSEN, scores.chosen_lengths, scores.chosen),
         _means(REJECTED, scores.rejected_lengths, scores.rejected),
     ]
     return density(
         f"density-{number}",
-        f"Reward and length: {ending(model.name, 40)}",
+        f"Reward and length{told}: {ending(model.name, 40)}",
         label,
         np.concatenate([scores.chosen_lengths, scores.rejected_lengths]),
         np.concatenate([scores.chosen, scores.rejected]),
