@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 Figures = dict[str, float]
 
-DATA = ("data_files", "dataset", "dataset_map_fn", "shuffled_references")
+DATA = ("data_files", "dataset", "shuffled_references")
 """What a dataset has of its own, whatever that of training says."""
 
 SHUFFLED = "shuffled_references"
