@@ -110,12 +110,16 @@ def test_names_are_shortened_to_one_line(text: str, length: int) -> None:
         assert short(text, length) == ending(text, length) == line
 
 
-@given(st.integers(0, 3 * page.PREVIEW))
-def test_a_folded_text_is_whole(length: int) -> None:
-    text = "".join(chr(0x4E00 + i % 5000) for i in range(length))
+@given(st.lists(st.text("ab ", max_size=300), max_size=30))
+def test_a_folded_text_is_whole(lines: list[str]) -> None:
+    text = "\n".join(lines)
     parts = page.fold(text)
-    assert parts["head"] + parts["tail"] == text and parts["left"] == 0
-    assert not parts["tail"] or len(parts["tail"]) > page.PREVIEW // 4
+    fold = parts["characters"] - len(parts["head"]) - len(parts["tail"])  # a newline, or nothing
+    assert text == parts["head"] + "\n" * fold + parts["tail"] and parts["left"] == 0
+    assert parts["head"].count("\n") < page.PREVIEW_LINES
+    assert len(parts["head"]) < 1.25 * page.PREVIEW
+    if len(text) <= page.PREVIEW and len(lines) <= page.PREVIEW_LINES:
+        assert parts["head"] == text
 
 
 def test_what_a_page_leaves_out_is_counted() -> None:

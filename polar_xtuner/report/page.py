@@ -22,7 +22,8 @@ PAGE = "index.html"
 SHOWN = 20_000
 """Characters of a text that a page holds; the rest is counted."""
 PREVIEW = 600
-"""Characters of it that are read without unfolding."""
+PREVIEW_LINES = 12
+"""Characters and lines of it that are read without unfolding."""
 
 
 def write_page(folder: Path, template: str, **values: Any) -> Path:
@@ -143,9 +144,13 @@ def duration(seconds: float) -> str:
 
 def fold(text: str) -> dict[str, Any]:
     """A text in the parts that a page shows: the beginning, what follows, and how much is left."""
+    lines = text.split("\n", PREVIEW_LINES)
+    end = min(PREVIEW, len("\n".join(lines[:PREVIEW_LINES])))
+    if len(text) - end < PREVIEW // 4 and len(lines) <= PREVIEW_LINES:
+        end = len(text)  # so little is not worth a click
     return {
-        "head": text[:PREVIEW] if len(text) > PREVIEW + PREVIEW // 4 else text,
-        "tail": text[PREVIEW:SHOWN] if len(text) > PREVIEW + PREVIEW // 4 else "",
+        "head": text[:end],
+        "tail": text[end:SHOWN].removeprefix("\n"),
         "left": max(0, len(text) - SHOWN),
         "characters": len(text),
     }
