@@ -150,9 +150,9 @@ def _part(cfg: Config, path: str, *names: str) -> ConfigDict:
 
 
 def _map_fn(data: ConfigDict) -> MapFn | None:
-    from polar_xtuner.dataset import _map_function
+    from polar_xtuner.dataset import map_function
 
-    return _map_function(data.get("dataset_map_fn"))
+    return map_function(data.get("dataset_map_fn"))
 
 
 def _parsed(options: Sequence[str]) -> dict[str, Any]:

@@ -29,17 +29,15 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from xtuner.registry import BUILDER, MAP_FUNC
 
-from polar_xtuner.cache import STORE_VERSION, Group, TokenStore, attended_by, open_or_build
+from polar_xtuner.cache import STORE_VERSION, Group, TokenStore, open_or_build
 from polar_xtuner.controls import shuffle_references
+from polar_xtuner.fitting import Fitted, fit
 from polar_xtuner.packing import Pack, Plan, Share, plan_epoch
 from polar_xtuner.records import BadRow, Row, RowCheck, find_files, map_rows, read_rows
-from polar_xtuner.splitting import split_pairs
 from polar_xtuner.template import PolarTemplate
 from polar_xtuner.tokenise import tokenise
 
 logger = logging.getLogger(__name__)
-
-Ints = NDArray[np.int64]
 
 IGNORED_LABEL = -100
 SHUFFLE_SEED = 0
@@ -107,7 +105,7 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         )
         self.special_ids = template.special_ids
         self.max_length = max_length
-        map_fn = _map_function(dataset_map_fn)
+        map_fn = map_function(dataset_map_fn)
         source = _FileRows(data_files, map_fn) if dataset is None else _HFRows(dataset, map_fn)
         self._names = source.names
 
@@ -138,8 +136,8 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         }
         """What the numbers of a pair's file, that file's set and its source stand for: the name of
         each file, of the set of each file ("" where sets have no names), and of each source."""
-        self._parts: list[tuple[int, Ints]] = []
-        self._whole, self.lengths, self.pair_counts, self.attended = self._fit(on_long_group)
+        self._fitted = self._fit(on_long_group)
+        _, _, self.lengths, self.pair_counts, self.attended, _ = self._fitted
         if not len(self.lengths):
             raise ValueError(f"no row to train on in {', '.join(self._names)}")
         groups = hashlib.sha256(self.lengths.tobytes() + self.pair_counts.tobytes())
@@ -157,9 +155,10 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
 
     def group(self, number: int) -> Group:
         """A group that is trained on: one of the store, or a part of one too long for a pack."""
-        if number < len(self._whole):
-            return self.store[int(self._whole[number])]
-        stored, pairs = self._parts[number - len(self._whole)]
+        whole, parts = self._fitted.whole, self._fitted.parts
+        if number < len(whole):
+            return self.store[int(whole[number])]
+        stored, pairs = parts[number - len(whole)]
         return self.store[stored].only(pairs)
 
     def __getitem__(self, pack: Pack | int) -> dict[str, Any]:
@@ -211,43 +210,22 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         for file, line in pairs[["file", "line"]].tolist():
             yield f"{self._names[file]}:{line}"
 
-    def _fit(self, on_long_group: str) -> tuple[Ints, ...]:
-        """Numbers of the groups that fit a pack; of these and of the parts that larger ones are
-        split into: tokens, pairs and attended pairs."""
-        cap, store = self.max_packed_length, self.store
-        fits = store.lengths <= cap
-        unfit: list[str] = []
-        pieces: list[Ints] = []
-        for number in np.flatnonzero(~fits).tolist():
-            group = store[number]
-            sides = chosen, rejected = group.pairs["chosen"], group.pairs["rejected"]
-            prefix, suffixes = group.pieces[:1], group.pieces[1:]
-            parts, long = split_pairs(
-                group.pieces.tolist(), chosen.tolist(), rejected.tolist(), cap
-            )
-            for part in parts:
-                self._parts.append((number, part))
-                used = np.unique([side[part] for side in sides])
-                pieces.append(np.concatenate([prefix, suffixes[used]]))
-            lengths = prefix + suffixes[chosen[long]] + suffixes[rejected[long]]
-            for place, length in zip(self._places_of(group.pairs[long]), lengths.tolist()):
-                unfit.append(f"{place}: {length} tokens")
-        if unfit:
+    def _fit(self, on_long_group: str) -> Fitted:
+        """What is trained on: groups that fit a pack, and parts of those that do not."""
+        fitted = fit(self.store, self.max_packed_length)
+        if fitted.unfit:
+            unfit = [
+                f"{self._names[int(pair['file'])]}:{int(pair['line'])}: {tokens} tokens"
+                for pair, tokens in fitted.unfit
+            ]
             self._refuse(unfit, on_long_group)
-        if self._parts:
+        if fitted.parts:
             logger.info(
-                "%d groups longer than a pack are split into %d", (~fits).sum(), len(self._parts)
+                "%d groups longer than a pack are split into %d",
+                len(self.store) - len(fitted.whole),
+                len(fitted.parts),
             )
-        firsts = np.cumsum([0, *map(len, pieces[:-1])])
-        added: list[Any] = [
-            [part.sum() for part in pieces],
-            [len(pairs) for _, pairs in self._parts],
-            attended_by(np.concatenate(pieces), firsts) if pieces else [],
-        ]
-        stored = (store.lengths, store.pair_counts, store.attended)
-        return np.flatnonzero(fits), *(
-            np.append(values[fits], np.array(more, np.int64)) for values, more in zip(stored, added)
-        )
+        return fitted
 
     def _refuse(self, unfit: list[str], on_long_group: str) -> None:
         shown = "\n  ".join(unfit[:20])
@@ -343,7 +321,12 @@ def _built(value: Any) -> Any:
     return BUILDER.build(value) if isinstance(value, dict) and "type" in value else value
 
 
-def _map_function(map_fn: Any) -> Callable[..., Any] | None:
+def map_function(map_fn: Any) -> Callable[..., Any] | None:
+    """A map function, by itself or by its name in `MAP_FUNC` or in a module.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     if not isinstance(map_fn, str):
         return map_fn
     found = MAP_FUNC.get(map_fn) or get_object_from_string(map_fn)
