@@ -20,6 +20,9 @@ from tempfile import TemporaryDirectory
 
 logger = logging.getLogger(__name__)
 
+DEEPSPEEDS_SCRIPT = "zero_to_fp32.py"
+"""That DeepSpeed leaves in a work dir."""
+
 CONVERTER = "xtuner.tools.model_converters.pth_to_hf"
 
 
@@ -78,7 +81,7 @@ def config_beside(checkpoint: Path) -> Path:
         ValueError: there is none, or several.
     """
     folder = checkpoint.resolve().parent
-    found = sorted(folder.glob("*.py"))
+    found = sorted(file for file in folder.glob("*.py") if file.name != DEEPSPEEDS_SCRIPT)
     if len(found) == 1:
         return found[0]
     names = ", ".join(file.name for file in found[:8])

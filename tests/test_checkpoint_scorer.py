@@ -38,6 +38,7 @@ def test_the_config_is_the_one_beside_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is none in .*: name it \(--config\)"):
         config_beside(checkpoint)
     (tmp_path / "b.py").touch()
+    (tmp_path / "zero_to_fp32.py").touch()  # DeepSpeed leaves it there
     assert config_beside(checkpoint) == tmp_path / "b.py"
     (tmp_path / "a.py").touch()
     with pytest.raises(ValueError, match=r"has several: a.py, b.py"):
