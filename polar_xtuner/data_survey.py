@@ -2,8 +2,9 @@
 
 One pass reads, checks and measures the rows, on their way to where training would tokenise them
 (`tokenise.py`); the groups that come out are planned as training would plan them (`packing.py`). So
-the figures are those of the run, not of a model of it. Memory is some 100 bytes a row and a finding
-each; texts and ids are in files of a temporary folder, which take about as much room as the rows.
+the figures are those of the run, not of a model of it. Memory is about 500 bytes a row, most of it
+the plan's, and every finding; texts and ids are in files of a temporary folder, which take about as
+much room as the rows.
 """
 
 from __future__ import annotations

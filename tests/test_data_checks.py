@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from commands import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -173,3 +174,8 @@ def test_pairs_that_come_again_are_those_a_plain_search_finds(
     odd = ledger_of(*(dict(zip(names, row)) for row in rows))
     assert {(number, kind) for number, kind, _ in odd} == expected
     assert len(odd) == len(expected)
+
+
+def test_the_guide_explains_every_kind() -> None:
+    guide = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert all(f"| `{kind}` | {meaning} |" in guide for kind, meaning in KINDS.items())

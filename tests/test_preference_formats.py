@@ -15,7 +15,7 @@ from commands import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_xtuner.preference_formats import FORMATS, convert
+from polar_xtuner.preference_formats import FORMATS, convert, describe
 from polar_xtuner.records import BadRow, BadRowsError, Row, read_rows
 from polar_xtuner.row_files import write_rows
 
@@ -432,6 +432,11 @@ def test_memory_does_not_grow_with_the_records(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert most < (file.stat().st_size + refs.stat().st_size) / 8
+
+
+def test_the_guide_explains_every_format() -> None:
+    guide = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` | {describe(name)} |" in guide for name in FORMATS)
 
 
 @pytest.fixture(scope="module")

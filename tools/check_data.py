@@ -179,8 +179,7 @@ def shown_estimate(e: Estimate) -> list[str]:
     memory = e.memory
     time = "its time needs --gpu"
     if e.seconds is not None:
-        hours, minutes = divmod(round(e.seconds / 60), 60)
-        time = f"{hours} h {minutes:02} min on {e.gpus} x {e.gpu}, if mfu is {e.mfu:g}"
+        time = f"{shown_time(e.seconds)} on {e.gpus} x {e.gpu}, if mfu is {e.mfu:g}"
     return [
         "Estimates, not measured on a GPU:",
         f"  {e.parameters:,} parameters{trained}",
@@ -191,6 +190,13 @@ def shown_estimate(e: Estimate) -> list[str]:
         f"optimizer {memory.optimizer / GIB:.1f}, activations of a full pack "
         f"{memory.activations / GIB:.1f}",
     ]
+
+
+def shown_time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min"
 
 
 def main() -> None:
