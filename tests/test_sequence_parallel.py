@@ -20,8 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from commands import TINY, run
+from commands import FORKS, TINY, run_ranks
 from host_reads import host_reads
 from test_attention import emulated_flash_attn
 from test_shared_prefix import PlainGroup, collated, random_group, reward_model
@@ -205,9 +204,7 @@ def process(rank: int, folder: Path) -> None:
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each process found."""
     folder = tmp_path_factory.mktemp("processes")
-    context = mp.get_context("forkserver")  # they share one import
-    context.set_forkserver_preload(["polar_xtuner.reward_model", "xtuner.parallel.sequence"])
-    running = [context.Process(target=process, args=(rank, folder)) for rank in range(WORLD)]
+    running = [FORKS.Process(target=process, args=(rank, folder)) for rank in range(WORLD)]
     for one in running:
         one.start()
     for one in running:
@@ -350,16 +347,15 @@ def losses_and_gradient_norms(folder: Path, processes: int) -> list[list[float]]
         f"sequence_parallel_size = {processes}\n"
         "train_cfg = dict(max_epochs=None, max_iters=8)\n"
     )
-    result = run(
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc_per_node", processes, folder / "train.py", folder / "config.py"),
+    ranks = run_ranks(
+        *(processes, folder / "train.py", folder / "config.py"),
         *("--launcher", "pytorch", "--deepspeed", folder / "zero2.json", "--work-dir", work_dir),
         *("--cfg-options", f"pretrained_model_name_or_path={folder / 'base'}", "log_interval=1"),
         *(f"data_files={folder / 'train.jsonl'}", f"cache_dir={folder / 'cache'}"),
         *("use_activation_checkpointing=True", "accumulative_counts=2"),
         OMP_NUM_THREADS="1",
     )
-    assert (work_dir / "last_checkpoint").exists(), result.stdout
+    assert (work_dir / "last_checkpoint").exists(), ranks[0]
     (log,) = work_dir.glob("*/vis_data/scalars.json")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     fields = ("loss", "pairs", "chosen_reward_std", "grad_norm")
