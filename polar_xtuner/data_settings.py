@@ -68,12 +68,12 @@ def read_settings(
         raise ValueError(
             f"{gpus} ranks cannot be divided into groups of sequence_parallel_size={size}"
         )
-    shape, vocab_size = model_shape(llm["pretrained_model_name_or_path"])
+    shape, vocab_size = model_shape(_named(llm, path, "model.llm.pretrained_model_name_or_path"))
     max_packed_length = data.get("max_packed_length", 32768)
     lora = cfg.model.get("lora")
     return DataSettings(
         data_files=data.get("data_files"),
-        tokenizer=data.tokenizer,
+        tokenizer=_named(data, path, "train_dataloader.dataset.tokenizer"),
         template={
             "max_length": data.get("max_length", 16384),
             "max_response_length": data.get("max_response_length", 4096),
@@ -101,10 +101,10 @@ def read_settings(
             max_packed_length=max_packed_length,
             sequence_parallel_size=size,
             ranks=gpus // size,
-            epochs=cfg.train_cfg.get("max_epochs") or 1,
+            epochs=cfg.get("train_cfg", {}).get("max_epochs") or 1,
             checkpointing=cfg.model.get("use_activation_checkpointing", True),
             weight_bytes=2 if "16" in str(llm.get("torch_dtype", "")) else 4,
-            autocast=cfg.optim_wrapper.get("dtype") is not None,
+            autocast=cfg.get("optim_wrapper", {}).get("dtype") is not None,
             lora_rank=None if lora is None else lora.get("r", 8),
             four_bits=llm.get("quantization_config") is not None,
             zero=zero or 0,
@@ -147,6 +147,13 @@ def _part(cfg: Config, path: str, *names: str) -> ConfigDict:
         if not isinstance(part, dict):
             raise ValueError(f"{path} has no {'.'.join(names)}: give a training config")
     return part
+
+
+def _named(part: ConfigDict, path: str, name: str) -> Any:
+    value = part.get(name.rpartition(".")[2])
+    if value is None:
+        raise ValueError(f"{path} has no {name}: give a training config")
+    return value
 
 
 def _map_fn(data: ConfigDict) -> MapFn | None:

@@ -6,11 +6,13 @@ Whether a row is clean is judged here by plain code that shares nothing with the
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,13 @@ def tokenizer(checkpoint: Path) -> Any:
 
 def checked(tokenizer: Any, *files: Path, **changes: Any) -> DataResult:
     limits = replace(PUBLISHED_LIMITS, **changes)
-    template = PolarTemplate(tokenizer, limits.max_length, limits.max_response_length)
+    template = template_of(tokenizer, limits.max_length, limits.max_response_length)
     return survey(files, template, special_strings(tokenizer), limits, num_proc=1)
+
+
+@lru_cache
+def template_of(tokenizer: Any, *lengths: int) -> PolarTemplate:
+    return PolarTemplate(tokenizer, *lengths)  # which takes seconds
 
 
 def findings(result: DataResult) -> list[tuple[str, str, int, str]]:
@@ -436,19 +443,22 @@ def test_statistics_are_numpys_and_bins_double() -> None:
 # The tool
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run_without_training(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The tool where nothing is installed that only training needs."""
+    for name in ("torch", "transformers", "xtuner", "mmengine", "datasets"):
+        (folder / f"{name}.py").write_text(f"raise ImportError('{name} is not there')")
     command = [sys.executable, ROOT / "tools" / "check_data.py", *arguments]
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env)
 
 
 def test_the_tool_says_all_in_json_and_the_first_to_people(
     small_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """It needs neither torch nor a config."""
     file = tmp_path / "rows.jsonl"
     bad = [{**ONE, "prompt": 5}] * 25
     file.write_text("".join(json.dumps(row) + "\n" for row in [ONE, *bad]), encoding="utf-8")
-    result = run(file, "--tokenizer", small_checkpoint, "--json")
+    result = run_without_training(tmp_path, file, "--tokenizer", small_checkpoint, "--json")
     assert result.returncode == 1, result.stderr
     told = json.loads(result.stdout)
     assert (told["rows"], told["bad_rows"], told["refused"]) == (26, 25, True)
@@ -461,10 +471,12 @@ def test_the_tool_says_all_in_json_and_the_first_to_people(
     }
     assert told["packs"] == 1
     assert told["warnings"] == []
-    result = run(file, "--tokenizer", small_checkpoint)
+    result = run_without_training(tmp_path, file, "--tokenizer", small_checkpoint)
     assert result.returncode == 1
     assert result.stdout.count("must be a string") == 20
     assert "and 5 more" in result.stdout
+    result = run_without_training(tmp_path, file, "--config", ROOT / "configs" / "polar_7b.py")
+    assert result.stderr.startswith("check_data.py: --config needs what training needs")
 
 
 def test_a_config_gives_the_limits_and_a_gpu_the_time(
@@ -521,6 +533,36 @@ def test_mistakes_end_in_one_line(
     with pytest.raises(SystemExit) as raised:
         tool.main()
     assert str(raised.value).startswith("check_data.py: ")
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("model = dict(", "cannot be read: SyntaxError"),
+        ("lr = 1 / 0", "cannot be read: ZeroDivisionError"),
+        ("model = dict(llm=dict())", "has no train_dataloader.dataset"),
+        (
+            "train_dataloader = dict(dataset=dict(), sampler=dict())\nmodel = dict(llm=dict())",
+            "has no model.llm.pretrained_model_name_or_path",
+        ),
+        (
+            "train_dataloader = dict(dataset=dict(), sampler=dict())\n"
+            "model = dict(llm=dict(pretrained_model_name_or_path='internlm/POLAR-7B'))",
+            "has no train_dataloader.dataset.tokenizer",
+        ),
+    ],
+)
+def test_configs_of_something_else_are_refused(
+    config: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: Any
+) -> None:
+    file = tmp_path / "config.py"
+    file.write_text(config)
+    monkeypatch.setattr(sys, "argv", ["check_data.py", "rows.jsonl", "--config", str(file)])
+    with pytest.raises(SystemExit) as raised:
+        tool.main()
+    assert str(raised.value).startswith(f"check_data.py: {file} ")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 

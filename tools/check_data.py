@@ -223,7 +223,7 @@ def main() -> None:
 
             write_data_report(args.report, result)
     except (ValueError, OSError) as error:
-        sys.exit(f"check_data.py: {error}")
+        sys.exit(f"check_data.py: {' '.join(str(error).split())}")
     print(json.dumps(result.as_dict()) if args.json else shown(result))
     sys.exit(int(result.refused))
 
