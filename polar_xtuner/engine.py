@@ -17,8 +17,8 @@ import torch
 from mmengine.dist import barrier
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import print_log
-from mmengine.registry import FUNCTIONS, LOOPS, RUNNERS
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.registry import FUNCTIONS, LOOPS
+from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor
 from xtuner.registry import BUILDER
 
@@ -32,16 +32,15 @@ from polar_xtuner.checks import (
     unwrapped,
 )
 from polar_xtuner.collate import collate_pack
-from polar_xtuner.conversion import ConversionError, load_weights
-from polar_xtuner.interruption import STOPPED, Agreement, Interruption, quieten
+from polar_xtuner.interruption import STOPPED, Agreement, Interruption
 from polar_xtuner.metrics import Interval, peak_flops
 from polar_xtuner.modeling_internlm2 import first_names
 from polar_xtuner.optim import PolarOptimWrapper, WarmupCosineLR
 from polar_xtuner.overview import overview
 from polar_xtuner.resume import RECORD, find_checkpoint, record_of, settle
-from polar_xtuner.sampler import PackSampler
+from polar_xtuner.runners import build_dataloader
 from polar_xtuner.val_log import PolarLogProcessor  # noqa: F401
-from polar_xtuner.validation import PolarValLoop, build_evaluation, check_save_best
+from polar_xtuner.validation import PolarValLoop, check_save_best
 
 for registry in (BUILDER, FUNCTIONS):
     registry.register_module(module=collate_pack, name="collate_pack")
@@ -339,82 +338,6 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
             "checkpoint of these iterations was saved: resume from the last one. Rows of this "
             f"rank's optimizer step: {', '.join(rows)}"
         )
-
-
-def build_dataloader(runner: Any, config: Any, model: Any) -> Any:
-    """The dataloader of packs, planned for a model or the config of one.
-
-    Raises:
-        ValueError: another sampler; the data cannot be planned for this many ranks.
-    """
-    dataloader = runner.build_dataloader(config, seed=runner.seed)
-    sampler = dataloader.sampler
-    if not isinstance(sampler, PackSampler):
-        raise ValueError(
-            "PolarTrainLoop needs train_dataloader.sampler.type=PackSampler, got "
-            f"{type(sampler).__name__}"
-        )
-    quieten(dataloader)
-    # Before the first plan, which balances what packs cost.
-    sampler.model_shape = shape_of(model)
-    return dataloader
-
-
-@RUNNERS.register_module()
-class PolarRunner(Runner):  # type: ignore[misc]
-    """mmengine's runner, but it tokenises and plans before it loads the model.
-
-    What cannot be trained on is said in seconds, and no GPU waits for tokens. With `--deepspeed`
-    mmengine's `FlexibleRunner` takes its place, and does so by itself.
-    """
-
-    tests = False
-    """Whether it is going to test."""
-
-    def build_model(self, model: Any) -> Any:
-        loader: Any = self._train_dataloader  # type: ignore[has-type]
-        if isinstance(loader, dict) and loader["sampler"]["type"] in ("PackSampler", PackSampler):
-            self._train_dataloader = build_dataloader(self, loader, model)
-            len(self._train_dataloader.sampler)
-        for given in (self._val_dataloader, self._test_dataloader if self.tests else None):
-            if isinstance(given, dict):
-                build_evaluation(self, given)  # tokenised; the loop builds its own
-        return super().build_model(model)
-
-
-TRAINING = (
-    *("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "load_from"),
-    *("val_dataloader", "val_cfg", "val_evaluator"),
-)
-
-
-@RUNNERS.register_module()
-class PolarTestRunner(PolarRunner):
-    """What `xtuner test` runs: it neither looks at training data nor builds an optimizer."""
-
-    tests = True
-
-    def __init__(self, **parts: Any) -> None:
-        super().__init__(**{**parts, **dict.fromkeys(TRAINING), "resume": False})
-
-    def dump_config(self) -> None:
-        """Nothing: the work dir keeps the config that the run was trained with."""
-
-    def load_weights(self, path: str) -> None:
-        """Take the weights of a checkpoint of any kind (`conversion.open_checkpoint`).
-
-        Raises:
-            CheckpointError, ConversionError: it cannot be read, or is of another model.
-        """
-        model, state = unwrapped(self.model), load_weights(path)
-        lacking = sorted(set(model.state_dict()) - set(state))
-        result = model.load_state_dict(state, strict=False)
-        for problem, names in (("lacks", lacking), ("has unknown", result.unexpected_keys)):
-            if names:
-                raise ConversionError(
-                    f"{path} {problem} {len(names)} tensors of this model: {first_names(names)}. "
-                    "Test with the config and the --cfg-options of the run that wrote it"
-                )
 
 
 def _seconds(limit: str | float) -> float:

@@ -144,10 +144,13 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(
     torch.save(lacking, tmp_path / "lacking.pth")
     torch.save({**state, "llm.new": torch.ones(1)}, tmp_path / "unknown.pth")
     runner = tests()
-    with pytest.raises(ConversionError, match=r"lacks \d+ tensors of this model: llm\.layers\.1"):
+    with pytest.raises(ConversionError, match=r"it lacks \d+ tensors, llm\.layers\.1"):
         runner.load_weights(str(tmp_path / "lacking.pth"))
-    with pytest.raises(ConversionError, match=r"has unknown 1 tensors of this model: llm\.new"):
+    with pytest.raises(ConversionError, match=r"the model lacks 1 tensors, llm\.new"):
         runner.load_weights(str(tmp_path / "unknown.pth"))
+    torch.save({**state, "llm.norm.weight": torch.ones(7)}, tmp_path / "other.pth")
+    with pytest.raises(ConversionError, match=r"other shapes of 1 tensors, llm\.norm\.weight"):
+        runner.load_weights(str(tmp_path / "other.pth"))
 
 
 class Hostile:

@@ -1,0 +1,102 @@
+"""mmengine's runner, for training and for testing: data first, then the model.
+
+What is wrong with rows is said in seconds, and no GPU waits for tokens.
+"""
+
+from __future__ import annotations
+
+from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks versions)
+
+from typing import Any
+
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from polar_xtuner.checks import shape_of, unwrapped
+from polar_xtuner.conversion import ConversionError, load_weights
+from polar_xtuner.interruption import quieten
+from polar_xtuner.modeling_internlm2 import first_names
+from polar_xtuner.sampler import PackSampler
+from polar_xtuner.validation import build_evaluation
+
+
+def build_dataloader(runner: Any, config: Any, model: Any) -> Any:
+    """The dataloader of packs, planned for a model or the config of one.
+
+    Raises:
+        ValueError: another sampler; the data cannot be planned for this many ranks.
+    """
+    dataloader = runner.build_dataloader(config, seed=runner.seed)
+    sampler = dataloader.sampler
+    if not isinstance(sampler, PackSampler):
+        raise ValueError(
+            "PolarTrainLoop needs train_dataloader.sampler.type=PackSampler, got "
+            f"{type(sampler).__name__}"
+        )
+    quieten(dataloader)
+    # Before the first plan, which balances what packs cost.
+    sampler.model_shape = shape_of(model)
+    return dataloader
+
+
+@RUNNERS.register_module()
+class PolarRunner(Runner):  # type: ignore[misc]
+    """mmengine's runner, but it tokenises and plans before it loads the model.
+
+    With `--deepspeed` mmengine's `FlexibleRunner` takes its place, and does so by itself.
+    """
+
+    def build_model(self, model: Any) -> Any:
+        loader: Any = self._train_dataloader  # type: ignore[has-type]
+        if isinstance(loader, dict) and loader["sampler"]["type"] in ("PackSampler", PackSampler):
+            self._train_dataloader = build_dataloader(self, loader, model)
+            len(self._train_dataloader.sampler)
+        self._tokenise(self._val_dataloader)
+        return super().build_model(model)
+
+    def _tokenise(self, given: Any) -> None:
+        """What rows will be evaluated; the loop, built later, finds them in the cache."""
+        if isinstance(given, dict):
+            build_evaluation(self, given)
+
+
+TRAINING = (
+    *("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "load_from"),
+    *("val_dataloader", "val_cfg", "val_evaluator"),
+)
+
+
+@RUNNERS.register_module()
+class PolarTestRunner(PolarRunner):
+    """What `xtuner test` runs: it neither looks at training data nor builds an optimizer."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**{**parts, **dict.fromkeys(TRAINING), "resume": False})
+
+    def build_model(self, model: Any) -> Any:
+        self._tokenise(self._test_dataloader)
+        return super().build_model(model)
+
+    def dump_config(self) -> None:
+        """Nothing: the work dir keeps the config that the run was trained with."""
+
+    def load_weights(self, path: str) -> None:
+        """Take the weights of a checkpoint of any kind (`conversion.open_checkpoint`).
+
+        Raises:
+            CheckpointError, ConversionError: it cannot be read, or is of another model.
+        """
+        model, state = unwrapped(self.model), load_weights(path)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for problem, names in (
+            ("lacks", shapes.keys() - state.keys()),
+            ("has and the model lacks", state.keys() - shapes.keys()),
+            ("has other shapes of", {n for n in state if state[n].shape != shapes.get(n)}),
+        ):
+            if names:
+                raise ConversionError(
+                    f"{path} and this model do not belong together: it {problem} {len(names)} "
+                    f"tensors, {first_names(sorted(names))}. Test with the config and the "
+                    "--cfg-options of the run that wrote it"
+                )
+        model.load_state_dict(state, strict=False)  # of adapters it has no base weights
