@@ -4,7 +4,7 @@
 tokens, chat marks, broken encodings), labels that contradict each other, answers that give
 themselves away. Each finding has a kind; none is proof, all are worth a look.
 
-One row is looked at by itself (`odd_texts`). What takes two rows is found once all have been seen:
+One row is looked at by itself (`RowChecks`). What takes two rows is found once all have been seen:
 `PairLedger` keeps 17 bytes a pair, a 64-bit hash of its texts among them, and sorts them in the
 end. (Among a million pairs two hashes fall together by chance once in 40 million data sets.)
 """
@@ -15,6 +15,7 @@ import difflib
 import re
 import unicodedata
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from hashlib import blake2b
@@ -24,6 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from polar_xtuner._checks import RawRow, one_line, shown
+from polar_xtuner.data_result import Giveaway
 from polar_xtuner.records import MapFn, Row
 from polar_xtuner.template import REWARD_TOKEN, SEPARATOR_TOKEN
 
@@ -312,6 +314,51 @@ def _told(kind: str, place: str, times: int) -> tuple[str, str]:
     if kind == "duplicate":
         return "row", f"repeats {place}: {pairs} with the same prompt, reference and wrapper"
     return "wrapper", f"differs from {place}, which has {pairs} with the same prompt and reference"
+
+
+_MARKDOWN = re.compile(r"\*\*\w|^#{1,6} |^[-*] ", re.MULTILINE)
+
+FEATURES: dict[str, Callable[[str], bool]] = {
+    "begins with white space": lambda text: text[:1].isspace(),
+    "ends with white space": lambda text: text[-1:].isspace(),
+    "ends with a punctuation mark": lambda text: text.rstrip()[-1:] in tuple(".!?:;。！？"),
+    "has several lines": lambda text: "\n" in text.strip(),
+    "has Markdown": lambda text: _MARKDOWN.search(text) is not None,
+    "has a code block": lambda text: "```" in text,
+}
+"""What is plain to see of an answer."""
+
+GIVEN_AWAY, LEAST_SHARE, LEAST_PAIRS = 0.95, 0.1, 20
+"""A feature gives a data set away that is one side's alone in this share of the pairs that it tells
+apart, if these are this share of all pairs, and this many."""
+
+
+class Giveaways:
+    """Counts, over all pairs, which side alone has a feature."""
+
+    def __init__(self) -> None:
+        self.pairs = 0
+        self._chosen, self._rejected = Counter[str](), Counter[str]()
+
+    def add(self, row: Row) -> None:
+        """The pairs of a row."""
+        for name, has in FEATURES.items():
+            better, worse = sum(map(has, row.chosen)), sum(map(has, row.rejected))
+            self._chosen[name] += better * (len(row.rejected) - worse)
+            self._rejected[name] += worse * (len(row.chosen) - better)
+        self.pairs += len(row.chosen) * len(row.rejected)
+
+    def found(self) -> tuple[Giveaway, ...]:
+        """Features that tell the sides apart."""
+        counts = (Giveaway(name, self._chosen[name], self._rejected[name]) for name in FEATURES)
+        return tuple(filter(self._tells, counts))
+
+    def _tells(self, one: Giveaway) -> bool:
+        told = one.chosen_only + one.rejected_only
+        return (
+            told >= max(LEAST_PAIRS, LEAST_SHARE * self.pairs)
+            and max(one.chosen_only, one.rejected_only) >= GIVEN_AWAY * told
+        )
 
 
 def digest(*texts: str) -> int:

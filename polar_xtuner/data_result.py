@@ -49,6 +49,18 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
+class Giveaway:
+    """Something plain to see that tells chosen from rejected answers in a whole data set."""
+
+    feature: str
+    """One of `data_checks.FEATURES`, which an answer has or has not."""
+    chosen_only: int
+    """Pairs of which only the chosen answer has it."""
+    rejected_only: int
+    """Pairs of which only the rejected answer has it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """The settings that the epoch is laid out with; the config's names for them."""
 
@@ -152,6 +164,8 @@ class DataResult:
     """tokens / (packs * max_packed_length)"""
     estimate: Estimate | None
     """None without a config."""
+    giveaways: tuple[Giveaway, ...] = ()
+    """What a model could learn in place of what is meant."""
 
     @property
     def refused(self) -> bool:

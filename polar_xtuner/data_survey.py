@@ -23,7 +23,16 @@ from numpy.typing import NDArray
 
 from polar_xtuner._checks import RawRow
 from polar_xtuner.cache import StoreWriter, TokenStore
-from polar_xtuner.data_checks import KINDS, RAW, Odd, PairLedger, RowChecks, digest, keep_raw
+from polar_xtuner.data_checks import (
+    KINDS,
+    RAW,
+    Giveaways,
+    Odd,
+    PairLedger,
+    RowChecks,
+    digest,
+    keep_raw,
+)
 from polar_xtuner.data_result import FIELDS, DataResult, DataWarning, Lengths, Limits
 from polar_xtuner.estimates import PUBLISHED, Training, estimate
 from polar_xtuner.fitting import Fitted, fit
@@ -161,7 +170,7 @@ class _Seen:
         self._prompts = array("Q")
         self._ids = {field: array("I") for field in FIELDS}
         self._characters = {field: array("I") for field in FIELDS}
-        self._ledger = PairLedger()
+        self._ledger, self._giveaways = PairLedger(), Giveaways()
         self._bad: set[int] = set()  # rows
         self._long: dict[tuple[int, int], list[int]] = {}  # tokens of pairs, by file and line
 
@@ -224,6 +233,7 @@ class _Seen:
         self._sources[row.source or ""] += 1
         self._prompts.append(digest(row.prompt))
         self._ledger.add(number, row)
+        self._giveaways.add(row)
         for odd in self._checks(row):
             self._warn(number, odd)
         chosen, rejected = parts[: len(row.chosen)], parts[len(row.chosen) :]
@@ -305,6 +315,7 @@ class _Seen:
             steps=0 if plan is None else plan.steps,
             fill=epoch.tokens / (packs * limits.max_packed_length) if packs else 0.0,
             estimate=None,
+            giveaways=self._giveaways.found(),
         )
 
     def _note_long_rows(self) -> None:

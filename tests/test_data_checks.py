@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from commands import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_xtuner.data_checks import KINDS, PairLedger, RowChecks, keep_raw
-from polar_xtuner.records import Row, map_rows
+from polar_xtuner.data_checks import KINDS, Giveaways, PairLedger, RowChecks, keep_raw
+from polar_xtuner.records import Row, map_rows, read_rows
 
 SPECIAL = ["<s>", "</s>", "<|reward|>", "[UNUSED_TOKEN_130]"]
 SOUND = {
@@ -174,6 +175,36 @@ def test_pairs_that_come_again_are_those_a_plain_search_finds(
     odd = ledger_of(*(dict(zip(names, row)) for row in rows))
     assert {(number, kind) for number, kind, _ in odd} == expected
     assert len(odd) == len(expected)
+
+
+def giveaways_of(rows: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
+    counted = Giveaways()
+    for fields in rows:
+        counted.add(row_of(**fields))
+    return [(one.feature, one.chosen_only, one.rejected_only) for one in counted.found()]
+
+
+def test_what_tells_the_sides_of_a_data_set_apart_is_found() -> None:
+    trailing = {"chosen": ["It is Beijing.\n", "Beijing it is.\n"]}
+    assert giveaways_of([trailing] * 15) == [("ends with white space", 30, 0)]
+    assert giveaways_of([trailing] * 9) == []  # 18 pairs are few
+    assert giveaways_of([trailing] * 15 + [{}] * 300) == []  # and 30 of 330 too
+    marked = {"rejected": "**It is Shanghai.**"}
+    assert giveaways_of([marked] * 19 + [{"chosen": "**It is Beijing.**"}]) == [
+        ("ends with a punctuation mark", 19, 1),
+        ("has Markdown", 1, 19),
+    ]
+    assert giveaways_of([marked] * 15 + [{"chosen": "**It is Beijing.**"}] * 15) == []
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "pandalm", "mt_bench", "arena_hard"])
+def test_real_data_do_not_give_themselves_away(name: str, shared_data: Path) -> None:
+    counted = Giveaways()
+    for row in read_rows([shared_data / f"{name}.jsonl"]):
+        assert isinstance(row, Row)
+        counted.add(row)
+    assert counted.found() == ()
+    assert counted.pairs > 200
 
 
 def test_the_guide_explains_every_kind() -> None:

@@ -144,6 +144,11 @@ def shown(result: DataResult) -> str:
         f"{result.prompts:,} prompts, {result.groups:,} groups, {result.pairs:,} pairs; the chosen "
         f"answer is the longer one in {result.chosen_longer:.1%} of them, as long in "
         f"{result.as_long:.1%}",
+        *(
+            f"giveaway: of {one.chosen_only + one.rejected_only:,} pairs whose answers differ in "
+            f"it, the chosen one {one.feature} in {one.chosen_only:,}"
+            for one in result.giveaways
+        ),
         f"{result.cut_rows:,} rows are cut to max_length={limits.max_length} and "
         f"max_response_length={limits.max_response_length}",
         f"{result.tokens:,} tokens an epoch, {result.tokens_alone:,} without shared prefixes: "
