@@ -1,12 +1,13 @@
 """`tools/bench_data.py` on a few rows: both sides run, and say what they measured."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT, run
+from commands import ROOT, run_forked
+
+TOOL = ROOT / "tools" / "bench_data.py"
 
 
 @pytest.mark.parametrize("options", [[], ["--rows", "120", "--only-ours"]])
@@ -23,10 +24,10 @@ def test_it_compares_both_sides_on_the_same_rows(
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     demo_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    command = [sys.executable, ROOT / "tools" / "bench_data.py", tmp_path / "rows.jsonl"]
+    command = [tmp_path / "rows.jsonl"]
     command += ["--tokenizer", tmp_path / "tokenizer", "--json", "--max-packed-length", "512"]
-    done = run(*command, *options)
-    assert done.returncode == 0, done.stdout[-3000:]
+    done = run_forked(TOOL, *command, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     sides = {"ours"} if options else {"ours", "xtuner"}
     for name in ("rows_per_s", "seconds_cached", "peak_rss_mb", "packs", "packs_lower_bound"):
@@ -39,7 +40,6 @@ def test_it_compares_both_sides_on_the_same_rows(
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "tools" / "bench_data.py", tmp_path / "none.jsonl"]
-    done = run(*command, "--tokenizer", tmp_path)
+    done = run_forked(TOOL, tmp_path / "none.jsonl", "--tokenizer", tmp_path)
     assert done.returncode == 2
-    assert f"no such file: {tmp_path / 'none.jsonl'}" in done.stdout
+    assert f"no such file: {tmp_path / 'none.jsonl'}" in done.stderr

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT, run
+from commands import ROOT, run_forked
 
 ANSWERS = ("It is {n}.", "The answer is {n} in all.", "{n} altogether, I count.")
 SMALL = ("--pairs", 9, "--repeats", 1, "--layers", 1, "--hidden-size", 256)
@@ -40,16 +39,14 @@ def tokenizer(demo_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def bench(tokenizer: Path, *arguments: object) -> Any:
     script = ROOT / "tools" / "bench_step.py"
-    return run(
-        *(sys.executable, script, "--tokenizer", tokenizer, *SMALL, *arguments), OMP_NUM_THREADS="1"
-    )
+    return run_forked(script, "--tokenizer", tokenizer, *SMALL, *arguments)
 
 
 def test_the_layouts_agree_and_share_ever_more(tokenizer: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl")
     # Several packs: losses must not depend on them.
     result = bench(tokenizer, "--json", "--max-packed-length", 600, file, file)
-    assert result.returncode == 0, result.stdout
+    assert result.returncode == 0, result.stderr
     first, second = (json.loads(x) for x in result.stdout.splitlines() if x.startswith("{"))
     sizes = [f"tokens_{name}" for name in "abcde"]
     assert [first[size] for size in sizes] == [second[size] for size in sizes]
@@ -73,4 +70,4 @@ def test_without_json_it_prints_a_table_and_names_what_is_wrong(
     assert "12 pairs of 2 prompts" in result.stdout
     assert "packs, groups share" in result.stdout
     assert result.returncode == 1
-    assert "bench_step.py: data_files: no such file or folder: " in result.stdout
+    assert "bench_step.py: data_files: no such file or folder: " in result.stderr
