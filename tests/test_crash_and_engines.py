@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
-from commands import ROOT
+from commands import ROOT, run_forked
+
+SEED = 69
+"""Of a run that is killed once, when it writes a checkpoint."""
 
 
 def test_deepspeed_trains_to_the_weights_of_one_process() -> None:
     tool = ROOT / "tools" / "compare_engines.py"
-    command = [sys.executable, tool, "--steps", "6", "--engines", "zero3", "--json"]
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    result = run_forked(tool, "--steps", 6, "--engines", "zero3", "--json")
     assert result.returncode == 0, result.stderr
     line = json.loads(result.stdout.splitlines()[-1])
     assert (line["engine"], line["steps"]) == ("zero3", 6)
@@ -21,8 +21,7 @@ def test_deepspeed_trains_to_the_weights_of_one_process() -> None:
 
 def test_a_run_that_is_killed_loses_nothing() -> None:
     tool = ROOT / "tools" / "crash_test.py"
-    command = [sys.executable, tool, "--runs", 1, "--json"]
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    result = run_forked(tool, "--runs", 1, "--seed", SEED, "--json")
     found = json.loads(result.stdout.splitlines()[-1])
     assert (found["identical"], found["lost"]) == (1, 0), result.stderr
     assert found["kills"] >= 1
