@@ -16,7 +16,7 @@ from commands import ROOT
 from polar_xtuner.interruption import SAME, SIGNALS, STOPPED, Agreement, Interruption
 
 
-def wait_for(condition: object, seconds: float = 5) -> bool:
+def wait_for(condition: object, seconds: float = 60) -> bool:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:  # type: ignore[operator]
         time.sleep(0.01)
@@ -46,9 +46,9 @@ def test_a_time_limit_counts_from_the_start_of_the_process() -> None:
     age = time.time() - psutil.Process().create_time()
     with Interruption(time_limit=age + 1000) as interruption:
         assert not interruption.is_due()
-    with Interruption(time_limit=age + 0.3) as interruption:
+    with Interruption(time_limit=age + 1) as interruption:
         assert not interruption.is_due()
-        assert wait_for(interruption.is_due, 2)
+        assert wait_for(interruption.is_due)
         assert interruption.reason == "its time limit"
 
 
@@ -71,7 +71,7 @@ def test_a_second_signal_stops_at_once_even_what_hangs_in_c() -> None:
     time.sleep(SAME + 0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(5) == 128 + signal.SIGTERM
+    assert process.wait(60) == 128 + signal.SIGTERM
 
 
 AGREES = """
