@@ -14,10 +14,10 @@ HEAVY = ("torch", "transformers", "xtuner", "mmengine", "deepspeed", "datasets",
 
 
 def imported_by(statement: str) -> tuple[float, set[str]]:
-    """Seconds and top-level modules that a statement costs a fresh interpreter."""
+    """Seconds of CPU time and top-level modules that a statement costs a fresh interpreter."""
     code = (
-        f"import json, sys, time\nstart = time.perf_counter()\n{statement}\n"
-        "seconds = time.perf_counter() - start\n"
+        f"import json, sys, time\nstart = time.process_time()\n{statement}\n"
+        "seconds = time.process_time() - start\n"
         "print(json.dumps([seconds, sorted({m.split('.')[0] for m in sys.modules})]))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
