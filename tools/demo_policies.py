@@ -36,30 +36,22 @@ from polar_xtuner.template import Candidate
 CONFIG = ROOT / "configs" / "polar_pretrain_tiny.py"
 LEAST_ACCURACY, MOST_SHUFFLED = 0.9, 0.65
 
-OPENINGS = ("Sure!", "Well,", "Answer:", "Let us see.")
-CLOSINGS = ("Bye.", "OK?", "Thank you!", "(end)")
-BODIES = (
-    "the answer is {n}",
-    "{n} in total",
-    "it makes {n} altogether",
-    "I count {n}",
-    "{n} it is",
-    "that comes to {n}",
-)
+PHRASES = ("The answer is", "It makes", "That comes to", "I count")
+UNITS = ("apples", "books", "coins", "pens")
+TAILS = (".", " altogether.", " in total.")
 
 
 class Policy(NamedTuple):
-    """A style: how it opens and closes. What lies between is not its own."""
+    """A style: how it phrases an answer and what it counts in. The rest is not its own."""
 
-    opening: str
-    closing: str
+    phrase: str
+    unit: str
 
     def output(self, rng: random.Random) -> str:
-        body = rng.choice(BODIES).format(n=rng.randrange(100, 1000))
-        return f"{self.opening} {body}. {self.closing}"
+        return f"{self.phrase} {rng.randrange(100, 1000)} {self.unit}{rng.choice(TAILS)}"
 
 
-POLICIES = {f"{o}{c}": Policy(OPENINGS[o], CLOSINGS[c]) for o in range(4) for c in range(4)}
+POLICIES = {f"{phrase} ... {unit}": Policy(phrase, unit) for phrase in PHRASES for unit in UNITS}
 
 
 def prompts(count: int, rng: random.Random) -> list[str]:
