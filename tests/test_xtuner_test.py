@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import TINY, run
+from commands import TINY, TRAIN, run, run_ranks
 
 from polar_xtuner import compat, engine  # noqa: F401
 from polar_xtuner.checkpoint import CheckpointError
@@ -51,14 +51,13 @@ def options(small: Path, val_files: dict[str, Path], stage: str) -> list[str]:
 def trained(small: Path, val_files: dict[str, Path]) -> Path:
     """The work dir of two processes that have trained some steps and validated once."""
     work_dir = small / "trained"
-    result = run(
-        *("xtuner", "train", TINY, "--work-dir", work_dir),
+    first, _ = run_ranks(
+        *(2, TRAIN, TINY, "--launcher", "pytorch", "--work-dir", work_dir),
         *options(small, val_files, "val"),
         *("train_cfg.max_epochs=None", "train_cfg.max_iters=6", "lr=3e-3"),
-        NPROC_PER_NODE="2",
         OMP_NUM_THREADS="1",
     )
-    assert (work_dir / "iter_6.pth").exists(), result.stdout
+    assert (work_dir / "iter_6.pth").exists(), first.stderr
     return work_dir
 
 
