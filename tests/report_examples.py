@@ -15,6 +15,7 @@ from polar_xtuner.data_result import (
     DataResult,
     DataWarning,
     Estimate,
+    Giveaway,
     Lengths,
     Limits,
     Memory,
@@ -152,6 +153,10 @@ def data_result(estimate: bool = True) -> DataResult:
         )
         if estimate
         else None,
+        giveaways=(
+            Giveaway("ends with white space", 40_123, 0),
+            Giveaway("has a code block", 210, 23_456),
+        ),
     )
 
 

@@ -284,6 +284,15 @@ def test_a_check_of_data_is_told_in_its_own_figures(tmp_path: Path) -> None:
     assert text.count("chosen[0].content") == 200
 
 
+def test_what_gives_the_sides_away_is_shown_where_there_is_any(tmp_path: Path) -> None:
+    result = examples.data_result()
+    found = words(write_data_report(tmp_path / "found", result))
+    assert "the same side has it in 95 % or more" in found
+    assert "ends with white space 40,123 0 has a code block 210 23,456" in found
+    none = words(write_data_report(tmp_path / "none", replace(result, giveaways=())))
+    assert "Giveaways" in found and "Giveaways" not in none and "the same side" not in none
+
+
 def test_a_clean_check_of_data_is_a_page_too(tmp_path: Path) -> None:
     result = examples.data_result(estimate=False)
     clean = replace(

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from polar_xtuner import __version__
-from polar_xtuner.data_checks import KINDS
+from polar_xtuner.data_checks import GIVEN_AWAY, KINDS
 from polar_xtuner.data_result import FIELDS, DataResult, DataWarning, Lengths
 from polar_xtuner.report.page import write_page
 from polar_xtuner.report.plots import Key, Plot, binned_histogram
@@ -33,6 +33,7 @@ def write_data_report(folder: Path, result: DataResult) -> Path:
         version=__version__,
         result=result,
         fields=FIELDS,
+        given_away=GIVEN_AWAY,
         errors=result.errors[:ERRORS],
         warnings=[
             (kind, KINDS.get(kind, ""), n, examples[kind])
