@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from polar_xtuner.records import BadRow, Row, RowCheck, RowError, read_rows
+from polar_xtuner.row_files import as_messages
 
 BATCH = 1000
 MESSAGES = "verl_messages"  # where a row keeps its prompt and reference as they were read
@@ -88,14 +89,14 @@ def write_verl_parquet(
     )
 
     def columns(row: Row, index: int) -> dict[str, Any]:
-        prompt = _messages(row.extra[MESSAGES]["prompt"], "user")
+        prompt = as_messages(row.extra[MESSAGES]["prompt"], "user")
         return {
             "data_source": row.source or data_source,
             "prompt": prompt,
             "ability": ability,
             "reward_model": {
                 "style": "polar",
-                "ground_truth": _messages(row.extra[MESSAGES]["reference"], "assistant"),
+                "ground_truth": as_messages(row.extra[MESSAGES]["reference"], "assistant"),
             },
             "extra_info": {
                 "split": split,
@@ -121,9 +122,3 @@ def write_verl_parquet(
     finally:
         unfinished.unlink(missing_ok=True)
     return written
-
-
-def _messages(text: str | list[dict[str, Any]], role: str) -> list[dict[str, str]]:
-    if isinstance(text, str):
-        return [{"role": role, "content": text}]
-    return [{"role": m.get("role") or role, "content": m["content"]} for m in text]
