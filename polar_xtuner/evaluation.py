@@ -271,10 +271,21 @@ def pair_losses(margins: Floats) -> Floats:
 
 def correlation(x: Any, y: Any) -> float:
     """Pearson's; NaN where there are fewer than two values or all on one side are equal."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    x, y = _from_first(x), _from_first(y)
+    if not x.any() or not y.any():
         return math.nan
     return float(np.corrcoef(x, y)[0, 1])
+
+
+def _from_first(values: Any) -> Floats:
+    """Differences to the first value, divided by a power of two so that they are at most 2.
+
+    They correlate as the values do; no square of them overflows, and no mean rounds them away.
+    """
+    values = np.asarray(values, np.float64)
+    _, exponent = np.frexp(np.abs(values).max(initial=0))
+    values = np.ldexp(values, -exponent)
+    return values - values[:1]
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -6,11 +6,14 @@ import math
 import statistics
 import subprocess
 import sys
+import warnings
+from fractions import Fraction
+from operator import mul
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from polar_xtuner.evaluation import (
@@ -18,6 +21,7 @@ from polar_xtuner.evaluation import (
     best_temperature,
     by_source,
     calibration_curve,
+    correlation,
     length_figures,
     likeliest_temperature,
     pair_figures,
@@ -204,6 +208,26 @@ def test_length_figures_are_what_their_names_say(rows: Any) -> None:
     assert close(figures["score_length_correlation"], expected)
     margins, differences = [c - r for c, r in pairs], [c - r for c, r in lengths]
     assert close(figures["margin_length_correlation"], pearson(margins, differences))
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(st.tuples(FINITE, FINITE), max_size=20))
+@example([(1.7e308, 1.0), (-1.7e308, 2.0), (1e300, 0.0)])
+@example([(5e-324, 1.0), (0.0, 2.0)])
+@example([(1.0, 3.0), (1.0, 3.0), (1.0 + 2**-52, 4.0)])  # a mean of these is 1
+def test_a_correlation_is_exact_and_silent_for_all_finite_values(pairs: Any) -> None:
+    sides = [[*map(Fraction, side)] for side in zip(*pairs)]
+    (x, y) = [[n - sum(side) / len(side) for n in side] for side in sides] or [[], []]
+    covariance, spread = sum(map(mul, x, y)), sum(map(mul, x, x)) * sum(map(mul, y, y))
+    expected = math.nan
+    if spread:
+        expected = math.sqrt(covariance**2 / spread) * (1 if covariance > 0 else -1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = correlation(*([*side] for side in zip(*pairs))) if pairs else correlation([], [])
+    assert close(found, expected)
 
 
 @settings(max_examples=30)
