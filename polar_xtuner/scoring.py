@@ -109,7 +109,10 @@ class PolarScorer:
         return gather(self.stream(as_items(data)), self.on_error)
 
     def stream(self, items: Iterable[Any]) -> Iterator[Scored]:
-        """What every item gets, in order, in constant memory; takes `CHUNK` items at a time."""
+        """What every item gets, in order, in constant memory, as soon as it is known.
+
+        Takes `CHUNK` items at a time.
+        """
         for scored in self._stream(items):
             if self._calibration is None or scored.reward is None:
                 yield scored
@@ -130,10 +133,10 @@ class PolarScorer:
         source = iter(items)
         while chunk := [*islice(source, CHUNK)]:
             found = [candidate_of(item) for item in chunk]
-            scored = iter(self._score([one for one in found if isinstance(one, Candidate)]))
+            scored = self._score([one for one in found if isinstance(one, Candidate)])
             yield from (one if isinstance(one, Scored) else next(scored) for one in found)
 
-    def _score(self, candidates: Sequence[Candidate]) -> list[Scored]:
+    def _score(self, candidates: Sequence[Candidate]) -> Iterator[Scored]:
         sequences = [tuple(ids) for ids in self.template.encode(candidates)]
         prompts: dict[tuple[str, str, str], dict[Ids, None]] = {}
         vocabulary = self.model.config.vocab_size
@@ -144,10 +147,14 @@ class PolarScorer:
         layouts = [lay_out(group) for group in groups]
         lengths = np.array([len(tokens) for tokens, _ in layouts])
         rewards: dict[Ids, float] = {}
-        for pack in best_fit(lengths, self.cap):
-            scores = iter(self._forward([layouts[i] for i in pack]))
-            rewards.update((ids, next(scores)) for i in pack for ids in groups[i])
-        return [self._scored(ids, rewards.get(ids)) for ids in sequences]
+        packs = iter(best_fit(lengths, self.cap))  # in the order of their first groups
+        for ids in sequences:
+            while ids not in rewards and max(ids) < vocabulary:
+                pack = next(packs)
+                scores = iter(self._forward([layouts[i] for i in pack]))
+                for found in (found for i in pack for found in groups[i]):
+                    rewards.setdefault(found, next(scores))  # two prompts, cut, may have equal ids
+            yield self._scored(ids, rewards.get(ids))
 
     def _fitting(self, members: list[Ids]) -> list[list[Ids]]:
         """The candidates of one prompt in as many groups as fit the cap."""

@@ -177,6 +177,31 @@ def test_a_stream_takes_items_as_it_needs_them(scorer, monkeypatch):
         assert (number + 1) <= next(taken) - number <= number + 1 + 8  # `taken` counts looks, too
 
 
+def test_a_result_comes_before_the_packs_of_later_items_are_computed(folder, monkeypatch):
+    small = PolarScorer(str(folder), None, None, 256, 64, 256)
+    forward, packs = small._forward, []
+    monkeypatch.setattr(small, "_forward", lambda pack: packs.append(pack) or forward(pack))
+    data = [{**item, "prompt": f"Ben has {n // 5} coins."} for n, item in enumerate(items(60))]
+    computed = [(one.reward, len(packs)) for one in small.stream(data)]
+    rewards, when = zip(*computed)
+    assert when[0] == 1 and when[len(data) // 2] <= 0.75 * len(packs) and len(packs) > 5
+    sequences = ids_of(small, data)
+    assert rewards == pytest.approx(one_at_a_time(small, sequences), abs=1e-5)
+    assert sum(len(pieces) - 1 for pack in packs for _, pieces in pack) == len(
+        {*map(tuple, sequences)}
+    )
+    assert small(data) == [*rewards]
+
+
+def test_prompts_that_are_equal_once_they_are_cut_get_equal_rewards(folder, monkeypatch):
+    small = PolarScorer(str(folder), None, None, 256, 64, 256)
+    numbers = map(float, itertools.count())
+    monkeypatch.setattr(small, "_forward", lambda pack: [next(numbers) for _ in pack])
+    long, longer = ({**GOOD, "prompt": "pens " * n} for n in (400, 500))
+    assert ids_of(small, [long]) == ids_of(small, [longer])
+    assert small([long, longer, GOOD, long, longer]) == [0, 0, 2, 0, 0]
+
+
 def test_equal_items_of_a_chunk_are_computed_once(scorer, monkeypatch):
     packs = []
     forward = scorer._forward
