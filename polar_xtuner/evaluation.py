@@ -289,13 +289,13 @@ def _from_first(values: Any) -> Floats:
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927); (0, 1) for n = 0."""
+    """95 % interval of a proportion (Wilson 1927), which is in it; (0, 1) for n = 0."""
     if not n:
         return 0.0, 1.0
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
 def _checked(chosen: Any, rejected: Any) -> tuple[Floats, Floats]:

@@ -248,6 +248,8 @@ def test_wilson_s_interval_covers_the_share_as_often_as_it_says() -> None:
         intervals = [wilson_interval(k, n) for k in rng.binomial(n, p, 2000)]
         assert 0.92 < np.mean([low <= p <= high for low, high in intervals]) < 0.98
     assert wilson_interval(0, 0) == (0.0, 1.0)
+    for n in range(1, 200):  # where rounding would leave the share itself outside
+        assert wilson_interval(0, n)[0] == 0 and wilson_interval(n, n)[1] == 1
     # Newcombe 1998, table I, 15 of 148
     assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
 
