@@ -28,8 +28,8 @@ penalty_weight = 0.01  # weight of the penalty
 
 # Data
 data_files = "data/train.jsonl"  # a file, glob or folder; several: data_files=a.jsonl,b.jsonl
-val_data_files = None  # rows to validate on; sets: dict(NAME=FILES); None: no validation
-test_data_files = None  # the same, for xtuner test
+val_data_files = {}  # rows to validate on, as above; named sets: dict(NAME=FILES); {}: none
+test_data_files = {}  # the same, for xtuner test
 dataset_map_fn = None  # turns an example into a row: a name in MAP_FUNC, or package.module.function
 on_bad_row = "error"  # error: name the bad rows and stop | skip: leave them out and count them
 on_long_group = "error"  # the same for pairs that are longer than a pack
@@ -54,9 +54,10 @@ warmup_ratio = 0.03  # share of the run over which the learning rate rises
 final_lr_ratio = 0.1  # share of the learning rate that the cosine ends at
 
 # Validate
-val_steps = 500  # iterations between validations; there is one at the end as well
+val_steps = 500  # iterations between validations, one is at the end as well; None: only there
 val_controls = False  # also with shuffled references, and whether length explains the rewards
 val_scores_file = None  # "scores/{iter}.parquet" or .jsonl: the rewards of every row
+test_scores_file = None  # the same, for xtuner test
 
 # Save & log
 save_steps = 500  # iterations between checkpoints
@@ -129,14 +130,15 @@ train_dataloader = dict(
     collate_fn=dict(type="collate_pack"),
 )
 
-# What these leave unsaid is as in train_dataloader.
-val_dataloader = dict(dataset=dict(data_files=val_data_files))
+# What these leave unsaid is as in train_dataloader; their rows are in val_data_files and
+# test_data_files.
+val_dataloader = dict(dataset=dict())
 val_evaluator = dict(type="PolarMetric", length_bias=val_controls, scores_file=val_scores_file)
 val_cfg = dict(type="PolarValLoop", shuffled_references=val_controls)
 
-test_dataloader = dict(dataset=dict(data_files=test_data_files))
+test_dataloader = dict(dataset=dict())
 test_evaluator = dict(
-    type="PolarMetric", prefix="test", length_bias=val_controls, scores_file=val_scores_file
+    type="PolarMetric", prefix="test", length_bias=val_controls, scores_file=test_scores_file
 )
 test_cfg = dict(type="PolarTestLoop", shuffled_references=val_controls)
 

@@ -96,8 +96,24 @@ def check_model(runner: Any, dataset: PolarDataset) -> None:
         ValueError: they cannot be trained on together.
     """
     model = polar_model(runner)
-    check_vocabulary(dataset.special_ids, model.config.vocab_size)
+    check_data(dataset, model)
     check_heads(model.config.num_attention_heads, model.config.num_key_value_heads)
+    dtypes = {p.dtype for p in runner.model.parameters() if p.requires_grad}
+    half = dtypes & {torch.float16, torch.bfloat16}
+    if isinstance(runner.optim_wrapper, (AmpOptimWrapper, PolarOptimWrapper)) and half:
+        raise ValueError(
+            f"trained weights are {half.pop()} without a float32 copy, which loses small "
+            "updates: set model.llm.torch_dtype to float32, or train with --deepspeed"
+        )
+
+
+def check_data(dataset: PolarDataset, model: PolarRewardModel) -> None:
+    """Compare the data's ids and lengths with the model.
+
+    Raises:
+        ValueError: the model cannot take them.
+    """
+    check_vocabulary(dataset.special_ids, model.config.vocab_size)
     scaling = model.config.rope_scaling or {}
     factor = scaling["factor"] if scaling.get("type") == "linear" else 1
     longest = int(factor * model.config.max_position_embeddings)
@@ -105,13 +121,6 @@ def check_model(runner: Any, dataset: PolarDataset) -> None:
         raise ValueError(
             f"max_length={dataset.max_length} is more than the {longest} positions of the "
             "model (max_position_embeddings): lower max_length"
-        )
-    dtypes = {p.dtype for p in runner.model.parameters() if p.requires_grad}
-    half = dtypes & {torch.float16, torch.bfloat16}
-    if isinstance(runner.optim_wrapper, (AmpOptimWrapper, PolarOptimWrapper)) and half:
-        raise ValueError(
-            f"trained weights are {half.pop()} without a float32 copy, which loses small "
-            "updates: set model.llm.torch_dtype to float32, or train with --deepspeed"
         )
 
 

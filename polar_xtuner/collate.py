@@ -109,7 +109,7 @@ def collate_pack(instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     if len(instances) != 1:
         raise ValueError(
-            f"a batch is one pack, got {len(instances)}: set train_dataloader.batch_size=1 and "
+            f"a batch is one pack, got {len(instances)}: set the dataloader's batch_size=1 and "
             "choose max_packed_length"
         )
     (pack,) = instances

@@ -107,7 +107,7 @@ def let_settings_follow_cfg_options() -> None:
     Without: `--cfg-options lr=1e-5` changes the variable `lr` and nothing that was computed from
     it, so the run goes on with the old value and does not say so. With: the file and its bases
     are run again as if the assignment to that name said the new value, and what comes out
-    otherwise is taken over. `val_data_files.NAME=...` makes a dict of a setting that is None.
+    otherwise is taken over.
     """
     merge = Config.merge_from_dict
     if getattr(merge, "follows_settings", False):
@@ -119,11 +119,6 @@ def let_settings_follow_cfg_options() -> None:
             for name, value in options.items()
             if name in self and not isinstance(self[name], dict)
         }
-        for name, value in options.items():
-            setting, _, key = name.partition(".")
-            is_none = setting in self and self[setting] is None and setting not in options
-            if key and "." not in key and is_none:
-                settings.setdefault(setting, {})[key] = value
         # `Config.fromstring` names a file that is gone.
         has_file = self.filename and Path(self.filename).is_file()
         if settings and has_file and not Config._is_lazy_import(self.filename):
@@ -249,17 +244,25 @@ def test_checkpoints_of_any_kind() -> None:
     def build(cfg: Config) -> Any:
         from mmengine.registry import RUNNERS
 
-        if cfg.runner_type == "PolarRunner":
+        from polar_xtuner.runners import PolarRunner
+
+        if cfg.get("runner_type") in (None, "Runner", "PolarRunner", PolarRunner):
             cfg.runner_type = "PolarTestRunner"
         runners.append(RUNNERS.build(cfg))
         return runners[0]
 
     def load(path: str | None) -> dict[str, Any]:
+        from polar_xtuner.runners import take_weights
+
         if path is not None:
-            runners[0].load_weights(path)
+            take_weights(runners[0].model, path)
         return {}  # nothing is left for the script to load
 
-    script.__dict__.update(RUNNERS=SimpleNamespace(build=build), guess_load_checkpoint=load)
+    script.__dict__.update(
+        RUNNERS=SimpleNamespace(build=build),
+        Runner=SimpleNamespace(from_cfg=build),
+        guess_load_checkpoint=load,
+    )
     _say_in_a_line("not tested")
 
 

@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 IGNORED_LABEL = -100
 SHUFFLE_SEED = 0
 
+RESERVED = ("shuffled_references", "source")
+"""What figures are named by that are not of a set."""
+
 
 @BUILDER.register_module()
 @DATASETS.register_module()
@@ -139,7 +142,7 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         self._fitted = self._fit(on_long_group)
         _, _, self.lengths, self.pair_counts, self.attended, _ = self._fitted
         if not len(self.lengths):
-            raise ValueError(f"no row to train on in {', '.join(self._names)}")
+            raise ValueError(f"there is no row in {', '.join(self._names)}")
         groups = hashlib.sha256(self.lengths.tobytes() + self.pair_counts.tobytes())
         self.identity = {
             "data": fingerprints[0],
@@ -257,7 +260,7 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
 
 class _FileRows:
     def __init__(self, data_files: Any, map_fn: Callable[..., Any] | None) -> None:
-        sets = dict(data_files) if isinstance(data_files, Mapping) else {"": data_files}
+        sets = _sets(data_files) if isinstance(data_files, Mapping) else {"": data_files}
         found = [(file, name) for name, files in sets.items() for file in find_files(files)]
         twice = [file for file, times in Counter(file for file, _ in found).items() if times > 1]
         if twice or not found:
@@ -312,9 +315,32 @@ class _HFRows:
         return map_rows(self._dataset, self.names[0], self._map_fn)
 
 
+def _sets(data_files: Mapping[Any, Any]) -> dict[str, Any]:
+    """Named sets of files.
+
+    Raises:
+        ValueError: a name is none that figures can have, or what is named are no files.
+    """
+    for name, files in data_files.items():
+        if not isinstance(name, str) or not name or name.split("/")[0] in RESERVED:
+            raise ValueError(
+                f"data_files: {name!r} cannot be the name of a set: it must be a text, and must "
+                f"not begin with {' or '.join(RESERVED)}"
+            )
+        if isinstance(files, Mapping):
+            raise ValueError(
+                f"data_files: the set {name} is a dict, not files (a name that is given on the "
+                "command line cannot have a dot)"
+            )
+    return dict(data_files)
+
+
 def _shuffled(source: _FileRows | _HFRows) -> Iterator[Row | BadRow]:
     for name in dict.fromkeys(source.sets):
-        yield from shuffle_references(source.rows(name), SHUFFLE_SEED)
+        try:
+            yield from shuffle_references(source.rows(name), SHUFFLE_SEED)
+        except ValueError as error:
+            raise ValueError(f"{name or ', '.join(source.names)}: {error}") from error
 
 
 def _built(value: Any) -> Any:

@@ -40,7 +40,7 @@ from polar_xtuner.overview import overview
 from polar_xtuner.resume import RECORD, find_checkpoint, record_of, settle
 from polar_xtuner.runners import build_dataloader
 from polar_xtuner.val_log import PolarLogProcessor  # noqa: F401
-from polar_xtuner.validation import PolarValLoop, check_save_best
+from polar_xtuner.validation import PolarValLoop, check_validation
 
 for registry in (BUILDER, FUNCTIONS):
     registry.register_module(module=collate_pack, name="collate_pack")
@@ -107,7 +107,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
 
     Args:
         max_epochs, max_iters: exactly one of them.
-        val_begin, val_interval: as in mmengine.
+        val_begin, val_interval: as in mmengine; None validates at the end only.
         time_limit: "HH:MM:SS" or seconds after the start of the process at which to write a
             checkpoint and stop, as for a signal (`interruption.py`).
         resume_changed: resume although data, template, limits, seed or packing are not those of
@@ -125,7 +125,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         max_epochs: int | None = None,
         max_iters: int | None = None,
         val_begin: int = 1,
-        val_interval: int = 1000,
+        val_interval: int | None = 1000,
         time_limit: str | float | None = None,
         resume_changed: bool = False,
     ) -> None:
@@ -134,6 +134,11 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters)):
             if value is not None and (value != int(value) or value < 1):
                 raise ValueError(f"train_cfg.{name} must be a whole number >= 1, got {value}")
+        if val_interval is not None and (val_interval != int(val_interval) or val_interval < 1):
+            raise ValueError(
+                "train_cfg.val_interval must be a whole number >= 1, or None to validate at the "
+                f"end only, got {val_interval}"
+            )
         self.interruption = Interruption(None if time_limit is None else _seconds(time_limit))
         if isinstance(dataloader, dict):
             dataloader = build_dataloader(runner, dataloader, runner.model)
@@ -166,7 +171,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         if epochs and len(sampler.history) > 1:
             step = sampler.history[-1].step
             self._changed_at = step, sampler.share_done(step, epochs)
-        super().__init__(runner, dataloader, iterations, val_begin, val_interval)
+        super().__init__(runner, dataloader, iterations, val_begin, val_interval or iterations)
         del self.dataloader_iterator  # `run` starts one where training starts
         self._report = ReportHook()
         runner.register_hook(self._report)
@@ -182,7 +187,7 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
         runner, sampler = self.runner, self.dataloader.sampler
         check_model(runner, self.dataloader.dataset)
         self._take_up()
-        check_save_best(runner, self.validation)
+        check_validation(self)
         runner.log_processor.window_size = 1  # what is logged is of a whole interval already
         self._interval = _interval(runner, self.dataloader.dataset.max_packed_length)
         self._rows: dict[int, list[str]] = {}

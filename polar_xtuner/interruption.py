@@ -148,8 +148,17 @@ def ignore_signals(*_: Any) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def quieten(dataloader: Any) -> None:
-    """Let the dataloader's processes outlive signals that the run hears."""
+def quieten(dataloader: Any, name: str) -> None:
+    """Let the dataloader's processes outlive signals that the run hears.
+
+    Raises:
+        ValueError: they would outlive the run as well, which waits for them in the end.
+    """
+    if dataloader.persistent_workers:
+        raise ValueError(
+            f"{name}.persistent_workers=True: its processes do not hear signals, so the run would "
+            "never end. Leave it out; nothing is gained by it"
+        )
     dataloader.worker_init_fn = _QuietWorker(dataloader.worker_init_fn)
 
 

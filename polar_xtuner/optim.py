@@ -16,6 +16,18 @@ from mmengine.registry import OPTIM_WRAPPERS, PARAM_SCHEDULERS
 from torch import Tensor, nn
 
 
+def autocast_dtype(config: Any) -> torch.dtype | None:
+    """What a config's optimizer wrapper lets the forward pass compute in, None: the weights' own.
+
+    DeepSpeed, where it trains, decides by itself.
+    """
+    wrapper = config.get("optim_wrapper") or {}
+    kind, dtype = wrapper.get("type", ""), wrapper.get("dtype")
+    if dtype is None and "Amp" in (kind if isinstance(kind, str) else kind.__name__):
+        dtype = torch.float16  # the default of mmengine's
+    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+
+
 @OPTIM_WRAPPERS.register_module()
 class PolarOptimWrapper(OptimWrapper):  # type: ignore[misc]
     """Steps without waiting for the device, on GPU and CPU alike.

@@ -15,7 +15,7 @@ from mmengine.hooks import CheckpointHook
 
 from polar_xtuner.attention import backend_for
 from polar_xtuner.checks import deepspeed_config, polar_model
-from polar_xtuner.optim import WarmupCosineLR
+from polar_xtuner.optim import WarmupCosineLR, autocast_dtype
 from polar_xtuner.sequence_parallel import data_parallel_size, sequence_parallel_size
 
 
@@ -42,7 +42,7 @@ def _data_lines(loop: Any) -> Iterator[tuple[str, str]]:
     )
     yield (
         "tokens",
-        f"{tokens:,} an epoch, {1 - tokens / alone:.0%} less than the {alone:,} of whole sequences "
+        f"{tokens:,} an epoch, {tokens / alone:.0%} of the {alone:,} of whole sequences "
         "(group_candidates)",
     )
     counts, ranks = sampler.accumulative_counts, data_parallel_size()
@@ -81,18 +81,17 @@ def _model_lines(runner: Any) -> Iterator[tuple[str, str]]:
         + f"), from {_start(runner)}",
     )
     weights = next(p.dtype for p in model.parameters() if p.requires_grad)
-    wrapper = runner.cfg.get("optim_wrapper") or {}
     if deepspeed is None:
-        computes = wrapper.get("dtype") or _short(weights)
+        computes = _short(autocast_dtype(runner.cfg) or weights)
         text = f"{_short(weights)} weights (torch_dtype), computed in {computes} (autocast_dtype)"
     else:
         half = [name for name in ("bf16", "fp16") if deepspeed.get(name, {}).get("enabled")]
-        computes = {"bf16": "bfloat16", "fp16": "float16"}.get(half[0]) if half else _short(weights)
+        computes = {"bf16": "bfloat16", "fp16": "float16"}[half[0]] if half else _short(weights)
         stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
         text = f"computed in {computes}, ZeRO stage {stage} (--deepspeed)"
     yield "precision", text
     device = model.data_preprocessor.device
-    dtype = getattr(torch, str(computes).removeprefix("torch."))
+    dtype = getattr(torch, computes)
     backend, reason = backend_for(model.decoder.attention_backend, torch.device(device), dtype)
     yield "attention", f"{backend} (attention{f': {reason}' if reason else ''})"
 
@@ -118,8 +117,8 @@ def _run_lines(runner: Any, loop: Any) -> Iterator[tuple[str, str]]:
         named = f" in {len(sets)} sets ({', '.join(sets)})" if sets else ""
         yield (
             "validation",
-            f"{int(data.pair_counts.sum()):,} pairs{named} (val_data_files), every "
-            f"{loop.val_interval:,} iterations (val_steps) and at the end",
+            f"{int(data.pair_counts.sum()):,} pairs{named} (val_data_files), "
+            f"{_when(loop.val_interval, loop.max_iters)} (val_steps)",
         )
     yield "curves", f"tensorboard --logdir {runner.work_dir}"
 
@@ -130,9 +129,13 @@ def _checkpoints(hook: Any, loop: Any) -> str:
     kept = "all" if hook.max_keep_ckpts < 0 else min(count, hook.max_keep_ckpts)
     best = f", and the best by {', '.join(hook.save_best)} (save_best)" if hook.save_best else ""
     return (
-        f"{count:,}: every {hook.interval:,} iterations (save_steps) and at the end; {kept} kept "
+        f"{count:,}, {_when(hook.interval, loop.max_iters)} (save_steps); {kept} kept "
         f"(save_total_limit){best}, in {hook.out_dir}"
     )
+
+
+def _when(interval: int, last: int) -> str:
+    return f"every {interval:,} iterations and at the end" if 0 < interval < last else "at the end"
 
 
 def _start(runner: Any) -> str:

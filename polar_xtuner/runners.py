@@ -9,6 +9,7 @@ from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks 
 
 from typing import Any
 
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -17,7 +18,7 @@ from polar_xtuner.conversion import ConversionError, load_weights
 from polar_xtuner.interruption import quieten
 from polar_xtuner.modeling_internlm2 import first_names
 from polar_xtuner.sampler import PackSampler
-from polar_xtuner.validation import build_evaluation
+from polar_xtuner.validation import SHUFFLED, build_evaluation
 
 
 def build_dataloader(runner: Any, config: Any, model: Any) -> Any:
@@ -33,7 +34,7 @@ def build_dataloader(runner: Any, config: Any, model: Any) -> Any:
             "PolarTrainLoop needs train_dataloader.sampler.type=PackSampler, got "
             f"{type(sampler).__name__}"
         )
-    quieten(dataloader)
+    quieten(dataloader, "train_dataloader")
     # Before the first plan, which balances what packs cost.
     sampler.model_shape = shape_of(model)
     return dataloader
@@ -51,13 +52,15 @@ class PolarRunner(Runner):  # type: ignore[misc]
         if isinstance(loader, dict) and loader["sampler"]["type"] in ("PackSampler", PackSampler):
             self._train_dataloader = build_dataloader(self, loader, model)
             len(self._train_dataloader.sampler)
-        self._tokenise(self._val_dataloader)
+        self._tokenise("val", self._val_dataloader)
         return super().build_model(model)
 
-    def _tokenise(self, given: Any) -> None:
-        """What rows will be evaluated; the loop, built later, finds them in the cache."""
+    def _tokenise(self, stage: str, given: Any) -> None:
+        """What will be evaluated; the loop, which is built later, finds it in the cache."""
         if isinstance(given, dict):
-            build_evaluation(self, given)
+            shuffled = (self.cfg.get(f"{stage}_cfg") or {}).get(SHUFFLED)
+            for shuffle in (False, True) if shuffled else (False,):
+                build_evaluation(self, stage, given, shuffled_references=shuffle)
 
 
 TRAINING = (
@@ -74,29 +77,34 @@ class PolarTestRunner(PolarRunner):
         super().__init__(**{**parts, **dict.fromkeys(TRAINING), "resume": False})
 
     def build_model(self, model: Any) -> Any:
-        self._tokenise(self._test_dataloader)
+        self._tokenise("test", self._test_dataloader)
         return super().build_model(model)
+
+    def wrap_model(self, model_wrapper_cfg: Any, model: Any) -> Any:
+        """The model as it is: nothing is to be added up over processes."""
+        return model.to(get_device())
 
     def dump_config(self) -> None:
         """Nothing: the work dir keeps the config that the run was trained with."""
 
-    def load_weights(self, path: str) -> None:
-        """Take the weights of a checkpoint of any kind (`conversion.open_checkpoint`).
 
-        Raises:
-            CheckpointError, ConversionError: it cannot be read, or is of another model.
-        """
-        model, state = unwrapped(self.model), load_weights(path)
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        for problem, names in (
-            ("lacks", shapes.keys() - state.keys()),
-            ("has and the model lacks", state.keys() - shapes.keys()),
-            ("has other shapes of", {n for n in state if state[n].shape != shapes.get(n)}),
-        ):
-            if names:
-                raise ConversionError(
-                    f"{path} and this model do not belong together: it {problem} {len(names)} "
-                    f"tensors, {first_names(sorted(names))}. Test with the config and the "
-                    "--cfg-options of the run that wrote it"
-                )
-        model.load_state_dict(state, strict=False)  # of adapters it has no base weights
+def take_weights(model: Any, path: str) -> None:
+    """Put the weights of a checkpoint of any kind (`conversion.open_checkpoint`) into a model.
+
+    Raises:
+        CheckpointError, ConversionError: it cannot be read, or is of another model.
+    """
+    model, state = unwrapped(model), load_weights(path)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for problem, names in (
+        ("lacks", shapes.keys() - state.keys()),
+        ("has and the model lacks", state.keys() - shapes.keys()),
+        ("has other shapes of", {n for n in state if state[n].shape != shapes.get(n)}),
+    ):
+        if names:
+            raise ConversionError(
+                f"{path} and this model do not belong together: it {problem} {len(names)} "
+                f"tensors, {first_names(sorted(names))}. Test with the config and the "
+                "--cfg-options of the run that wrote it"
+            )
+    model.load_state_dict(state, strict=False)  # of adapters it has no base weights

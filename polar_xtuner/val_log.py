@@ -12,6 +12,8 @@ from typing import Any
 from mmengine.registry import LOG_PROCESSORS
 from mmengine.runner import LogProcessor
 
+from polar_xtuner._checks import one_line
+
 
 @LOG_PROCESSORS.register_module()
 class PolarLogProcessor(LogProcessor):  # type: ignore[misc]
@@ -33,8 +35,9 @@ def table(figures: Mapping[str, Any]) -> str:
         what, _, figure = name.rpartition("/")
         if isinstance(value, Real) and not math.isnan(value):
             parts.setdefault(what, {})[figure] = float(value)
-    width = max((len(what) for what in parts), default=0)
-    lines = [f"  {what:{width}}  {_line(part)}" for what, part in parts.items()]
+    named = [(one_line(what, 60), part) for what, part in parts.items()]
+    width = max((len(what) for what, _ in named), default=0)
+    lines = [f"  {what:{width}}  {_line(part)}" for what, part in named]
     return "\n".join(lines)
 
 

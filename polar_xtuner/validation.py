@@ -6,7 +6,8 @@ pairs themselves: a mean over ranks or packs is never taken, and a pair counts o
 rank had to compute it to keep step with the others.
 
 What a dataloader to evaluate with leaves unsaid is as in `train_dataloader`: tokenizer, template,
-limits, packs. One that names no data does not validate.
+limits, packs. Its rows are in the config's `val_data_files` or `test_data_files`, unless it names
+some itself; without any there is nothing to do.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.dist import all_gather_object, is_main_process
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import CheckpointHook
@@ -30,19 +32,21 @@ from mmengine.registry import LOOPS, METRICS
 from mmengine.runner.base_loop import BaseLoop
 from numpy.typing import NDArray
 
+from polar_xtuner._checks import one_line
 from polar_xtuner.cache import PAIR
 from polar_xtuner.checkpoint import atomic_file
-from polar_xtuner.checks import deepspeed_config, unwrapped
+from polar_xtuner.checks import check_data, deepspeed_config, polar_model, unwrapped
 from polar_xtuner.evaluation import PairScores, length_figures, pair_figures
 from polar_xtuner.interruption import quieten
+from polar_xtuner.optim import autocast_dtype
 from polar_xtuner.sampler import EvaluationSampler
 
 logger = logging.getLogger(__name__)
 
 Figures = dict[str, float]
 
-DATA = ("data_files", "dataset", "shuffled_references")
-"""What a dataset has of its own, whatever that of training says."""
+OWN = ("data_files", "dataset", "shuffled_references")
+"""Arguments of a dataset that are never taken over from that of training."""
 
 SHUFFLED = "shuffled_references"
 
@@ -53,28 +57,37 @@ PLACE = ("file", "line", "chosen_index", "rejected_index")
 """What tells a pair from all others."""
 
 
-def build_evaluation(runner: Any, given: Mapping[str, Any], **dataset: Any) -> Any:
-    """The dataloader of packs to evaluate; None if `given` names no data.
+def build_evaluation(
+    runner: Any, stage: str, given: Mapping[str, Any], *, shuffled_references: bool = False
+) -> Any:
+    """The dataloader of packs to evaluate; None if there is no data for it.
 
     Args:
+        stage: `val` or `test`.
         given: the config; its `dataset` as well is completed by that of training.
-        dataset: settings of the dataset that take precedence.
+        shuffled_references: see `PolarDataset`.
+
+    Raises:
+        ValueError: another sampler.
     """
-    own = given.get("dataset") or {}
-    if not isinstance(own, Mapping):
-        return runner.build_dataloader(dict(given), seed=runner.seed)
-    if own.get("data_files") is None and own.get("dataset") is None:
-        return None
-    train = runner.cfg.get("train_dataloader") or {}
-    like = {k: v for k, v in (train.get("dataset") or {}).items() if k not in DATA}
-    config = {
-        **train,
-        "sampler": {"type": EvaluationSampler},
-        **given,
-        "dataset": {**like, **own, **dataset},
-    }
+    train, own = runner.cfg.get("train_dataloader") or {}, given.get("dataset") or {}
+    if isinstance(own, Mapping):
+        if not own.get("data_files") and own.get("dataset") is None:
+            own = {**own, "data_files": runner.cfg.get(f"{stage}_data_files")}
+            if not own["data_files"]:
+                return None
+        like = {k: v for k, v in (train.get("dataset") or {}).items() if k not in OWN}
+        merged = Config({"dataset": like})
+        merged.merge_from_dict({"dataset": own})
+        own = {**merged.dataset, "shuffled_references": shuffled_references}
+    config = {**train, "sampler": {"type": EvaluationSampler}, **given, "dataset": own}
     loader = runner.build_dataloader(config, seed=runner.seed)
-    quieten(loader)
+    if not isinstance(loader.sampler, EvaluationSampler):
+        raise ValueError(
+            f"{stage}_dataloader.sampler must be EvaluationSampler, got "
+            f"{type(loader.sampler).__name__}, which does not take every row once: leave it out"
+        )
+    quieten(loader, f"{stage}_dataloader")
     return loader
 
 
@@ -96,7 +109,7 @@ class _EvaluationLoop(BaseLoop):  # type: ignore[misc]
     ) -> None:
         config = dataloader if isinstance(dataloader, Mapping) else None
         if config is not None:
-            dataloader = build_evaluation(runner, config)
+            dataloader = build_evaluation(runner, self.stage, config)
         super().__init__(runner, dataloader)
         self.evaluator = _built(runner, evaluator)
         self._shuffled = None
@@ -106,12 +119,16 @@ class _EvaluationLoop(BaseLoop):  # type: ignore[misc]
                     f"{self.stage}_cfg.shuffled_references builds a dataset of its own: give "
                     f"{self.stage}_dataloader as a config"
                 )
-            self._shuffled = build_evaluation(runner, config, shuffled_references=True)
+            self._shuffled = build_evaluation(runner, self.stage, config, shuffled_references=True)
 
     @property
     def is_polar(self) -> bool:
         """Whether all metrics are `PolarMetric`."""
         return all(isinstance(metric, PolarMetric) for metric in self.evaluator.metrics)
+
+    def check(self) -> None:
+        """Raise ValueError if the data are not for this model, which training has its own for."""
+        check_data(self.dataloader.dataset, polar_model(self.runner))
 
     def names(self) -> list[str]:
         """Of the figures that `PolarMetric` will give."""
@@ -184,11 +201,27 @@ class PolarTestLoop(_EvaluationLoop):
     def run(self, *args: Any) -> Figures | None:
         if self.is_idle:
             raise ValueError("there is nothing to test on: set test_data_files")
+        self.check()
         return super().run(*args)
 
 
-def check_save_best(runner: Any, validation: PolarValLoop | None) -> None:
-    """Raise ValueError if a checkpoint is to be kept by a figure that validation does not give."""
+def check_validation(loop: Any) -> None:
+    """Compare what a `PolarTrainLoop` validates with what it trains and saves.
+
+    Raises:
+        ValueError: the data are not for the model, validations would split an optimizer step, or a
+            checkpoint is to be kept by a figure that there is not.
+    """
+    runner, validation = loop.runner, loop.validation
+    counts = loop.dataloader.sampler.accumulative_counts
+    if validation is not None:
+        validation.check()
+        if loop.val_interval % counts:
+            raise ValueError(
+                f"validations every {loop.val_interval} iterations would split an optimizer step "
+                f"of {counts}: set train_cfg.val_interval (val_steps) to a multiple of "
+                "accumulative_counts"
+            )
     wanted = [
         name
         for hook in runner.hooks
@@ -214,15 +247,9 @@ def _built(runner: Any, evaluator: Any) -> Evaluator:
 
 def precision(runner: Any) -> AbstractContextManager[Any]:
     """What the config computes in while it trains: autocast, unless DeepSpeed decides."""
-    wrapper = runner.cfg.get("optim_wrapper") or {}
-    kind = wrapper.get("type", "")
-    dtype = wrapper.get("dtype")
-    if dtype is None and "Amp" in (kind if isinstance(kind, str) else kind.__name__):
-        dtype = "float16"  # its default
+    dtype = autocast_dtype(runner.cfg)
     if dtype is None or deepspeed_config(runner) is not None:
         return nullcontext()
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."))
     device = next(unwrapped(runner.model).parameters()).device.type
     return torch.autocast(device, dtype)
 
@@ -280,7 +307,10 @@ class PolarMetric(BaseMetric):  # type: ignore[misc]
         metrics = self.compute_metrics([every])
         control = self.dataset_meta.get("control", "")
         if self.scores_file is not None and not control and is_main_process():
-            self._write(*every)
+            try:
+                self._write(*every)
+            except OSError as error:  # no reason to end a run
+                logger.error("the scores could not be written: %s", error)
         prefix = "/".join(filter(None, (self.prefix, control)))
         # mmengine's log of a test drops numbers of numpy's other types.
         return {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
@@ -294,7 +324,8 @@ class PolarMetric(BaseMetric):  # type: ignore[misc]
             rejected,
             pairs["chosen_length"],
             pairs["rejected_length"],
-            np.array(self.dataset_meta["sources"])[pairs["source"]],
+            # As objects: a string array is as wide as its longest string.
+            np.array(self.dataset_meta["sources"], object)[pairs["source"]],
         )
         figures = pair_figures(chosen, rejected)
         if self.length_bias:
@@ -312,7 +343,7 @@ class PolarMetric(BaseMetric):  # type: ignore[misc]
 
     def _parts(self, pairs: NDArray[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
         """Sets and sources that have a name, and which of the pairs are theirs."""
-        sets, sources = np.array(self.dataset_meta["sets"]), self.dataset_meta["sources"]
+        sets, sources = np.array(self.dataset_meta["sets"], object), self.dataset_meta["sources"]
         for name in dict.fromkeys(self.dataset_meta["sets"]):
             if name:
                 yield name, sets[pairs["file"]] == name
@@ -321,7 +352,7 @@ class PolarMetric(BaseMetric):  # type: ignore[misc]
             return
         for number, name in enumerate(sources):
             if name:
-                yield f"source/{name}", pairs["source"] == number
+                yield f"source/{one_line(name, len(name))}", pairs["source"] == number
 
     def _check(self, pairs: NDArray[Any], *rewards: NDArray[np.float64]) -> None:
         bad = np.flatnonzero(~np.isfinite(rewards).all(axis=0))
@@ -390,5 +421,7 @@ def _score_lines(
         }
 
 
-def _by_candidate(indices: NDArray[Any], rewards: NDArray[np.float64]) -> list[float]:
-    return [reward for _, reward in sorted(dict(zip(indices.tolist(), rewards.tolist())).items())]
+def _by_candidate(indices: NDArray[Any], rewards: NDArray[np.float64]) -> list[float | None]:
+    """By their places in the row; None for one that is in no pair, as none of it fits a pack."""
+    known = dict(zip(indices.tolist(), rewards.tolist()))
+    return [known.get(index) for index in range(max(known) + 1)]

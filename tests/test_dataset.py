@@ -352,7 +352,7 @@ def test_skipped_rows_are_counted_and_the_others_keep_their_lines(
 def test_no_row_left_is_an_error_that_names_the_file(
     build: Callable[..., PolarDataset], rows: list[Raw], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="no row to train on") as error:
+    with pytest.raises(ValueError, match="there is no row in") as error:
         build(rows, on_bad_row="skip")
     assert str(tmp_path / "train.jsonl") in str(error.value)
 
@@ -436,7 +436,7 @@ def test_a_group_of_exactly_a_pack_fits(build: Callable[..., PolarDataset]) -> N
 
 
 def test_no_group_that_fits_is_an_error(build: Callable[..., PolarDataset]) -> None:
-    with pytest.raises(ValueError, match="no row to train on"):
+    with pytest.raises(ValueError, match="there is no row in"):
         build(LONG, max_packed_length=5, on_long_group="skip")
 
 

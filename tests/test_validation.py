@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -237,7 +238,7 @@ def test_scores_of_every_row_are_written_at_full_precision(ending: str, tmp_path
     chosen = chosen + 1 / 3
     pairs["line"], pairs["file"] = [1, 1, 1, 1, 2, 2, 3, 4], [0, 0, 0, 0, 0, 0, 1, 2]
     pairs["chosen_index"] = [0, 0, 1, 1, 0, 0, 0, 0]
-    pairs["rejected_index"] = [0, 1, 0, 1, 0, 1, 0, 0]
+    pairs["rejected_index"] = [0, 1, 0, 1, 0, 1, 1, 0]
     chosen[:4], rejected[:4] = chosen[[0, 0, 2, 2]], rejected[[0, 1, 0, 1]]
     chosen[5] = chosen[4]
     one = metric(scores_file=str(tmp_path / "new" / f"{{iter}}.{ending}"))
@@ -261,6 +262,7 @@ def test_scores_of_every_row_are_written_at_full_precision(ending: str, tmp_path
     assert lines[0]["chosen_scores"] == [chosen[0], chosen[2]]
     assert lines[0]["rejected_scores"] == [rejected[0], rejected[1]]
     assert lines[1]["rejected_scores"] == [rejected[4], rejected[5]]
+    assert lines[2]["rejected_scores"] == [None, rejected[6]]  # the first was in no pair
     assert lines[3]["source"] == META["sources"][pairs["source"][7]]
 
 
@@ -303,15 +305,16 @@ def test_every_group_is_evaluated_once_and_ranks_keep_step(groups: int, ranks: i
 def test_what_validation_leaves_unsaid_is_as_in_training(validating: Any) -> None:
     runner = validating(iterations=4, max_length=300, max_response_length=90)
     training = runner.train_loop.dataloader
-    loader = validation.build_evaluation(runner, runner.cfg.val_dataloader)
+    loader = validation.build_evaluation(runner, "val", runner.cfg.val_dataloader)
     assert loader.dataset.max_length == training.dataset.max_length == 300
     assert loader.dataset.identity["template"] == training.dataset.identity["template"]
     assert loader.dataset.max_packed_length == training.dataset.max_packed_length
     assert loader.dataset.metainfo["sets"] == ["a", "b"]
-    own = {**runner.cfg.val_dataloader, "dataset": {"max_packed_length": 400}}
-    assert validation.build_evaluation(runner, own) is None  # names no data
-    own["dataset"]["data_files"] = runner.cfg.val_data_files.a
-    assert validation.build_evaluation(runner, own).dataset.max_packed_length == 400
+    own = {"dataset": {"max_packed_length": 400}}
+    assert validation.build_evaluation(runner, "val", own).dataset.max_packed_length == 400
+    own["dataset"]["data_files"] = runner.cfg.val_data_files.a  # type: ignore[assignment]
+    assert validation.build_evaluation(runner, "val", own).dataset.metainfo["sets"] == [""]
+    assert validation.build_evaluation(runner, "test", {"dataset": {}}) is None  # there is no data
 
 
 @pytest.mark.parametrize(
@@ -359,16 +362,82 @@ def test_the_best_weights_are_kept_by_the_figure_that_is_asked_for(validating: A
     assert kept == [f"best_val_a_loss_iter_{best}.pth"]
 
 
+def test_a_scores_file_that_cannot_be_written_ends_no_run(
+    validating: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[str] = []
+    monkeypatch.setattr(validation.logger, "error", lambda text, *args: errors.append(text % args))
+    (tmp_path / "file").touch()
+    runner = validating(iterations=4, val_scores_file=str(tmp_path / "file" / "scores.jsonl"))
+    runner.train()
+    assert [error[:34] for error in errors] == ["the scores could not be written: ["]
+    assert len(figures_of(runner)) == 1
+
+
+@pytest.mark.parametrize("steps", [None, 9])
+def test_it_may_validate_at_the_end_only(steps: int | None, validating: Any) -> None:
+    runner = validating(iterations=8, val_steps=steps)
+    runner.train()
+    assert [line["step"] for line in figures_of(runner)] == [8]
+
+
+@pytest.mark.parametrize(
+    ("text", "sets"),
+    [
+        ("val_data_files = {a!r}", [""]),
+        ("val_data_files = dict(x={a!r}, y=[{b!r}])", ["x", "y"]),
+        ("val_dataloader = dict(dataset=dict(data_files=dict(z={b!r})))", ["z"]),
+        ("", None),
+    ],
+)
+def test_a_config_over_another_names_its_rows_as_that_one_does(
+    text: str, sets: list[str] | None, make: Any, rows: Path, tmp_path: Path
+) -> None:
+    from mmengine.config import Config
+
+    runner = make(4)
+    names = {name: str(rows / f"{name}.jsonl") for name in "ab"}
+    (tmp_path / "own.py").write_text(f"_base_ = {str(TINY)!r}\n{text.format(**names)}\n")
+    config = Config.fromfile(str(tmp_path / "own.py"))
+    runner.cfg.val_data_files = config.val_data_files
+    loader = validation.build_evaluation(runner, "val", config.val_dataloader)
+    assert (loader and loader.dataset.metainfo["sets"]) == sets
+    if sets == ["x", "y"]:
+        config.merge_from_dict({"val_data_files.y": names["a"], "val_data_files.x": names["b"]})
+        runner.cfg.val_data_files = config.val_data_files
+        loader = validation.build_evaluation(runner, "val", config.val_dataloader)
+        assert loader.dataset.metainfo["files"] == [names["b"], names["a"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "'' cannot be"),
+        ("source/web", "must not begin with shuffled_references or source"),
+        ("shuffled_references", "must not begin"),
+    ],
+)
+def test_a_set_cannot_be_named_like_other_figures(name: Any, message: str, make: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(4, val_data_files={name: "a.jsonl"})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"val_steps": 3, "accumulative_counts": 2}, "would split an optimizer step of 2"),
+        ({"val_steps": 0}, "must be a whole number >= 1, or None"),
+        ({"val_steps": 1.5}, "must be a whole number >= 1, or None"),
+        ({"val_dataloader.dataset.max_length": 9999}, "more than the 2048 positions"),
         ({"save_best": "val/acuracy"}, "acuracy: whether more or less of it is better"),
         ({"save_best": "val/c/accuracy"}, "no such figure; it has .*val/a/accuracy"),
         ({"save_best": "accuracy"}, "no such figure"),
         ({"save_best": "val/accuracy", "val_data_files": None}, "set val_data_files"),
+        ({"val_dataloader.persistent_workers": True, "val_dataloader.num_workers": 1}, "never end"),
+        ({"val_dataloader.sampler.type": "PackSampler"}, "must be EvaluationSampler, got Pack"),
     ],
 )
-def test_a_figure_to_keep_the_best_by_that_there_is_not_stops_the_run_at_its_start(
+def test_what_does_not_fit_together_stops_the_run_at_its_start(
     options: dict[str, Any], message: str, validating: Any
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -461,7 +530,7 @@ def test_a_run_says_what_will_happen_and_what_it_says_comes_true(
     assert f"{count:,} trained of {count:,} (all weights)" in lines["parameters"]
     assert "float32 weights" in lines["precision"]
     assert "sdpa" in lines["attention"]
-    assert " 3: every 4 iterations" in lines["checkpoints"]
+    assert " 3, every 4 iterations" in lines["checkpoints"]
     assert len([*Path(runner.work_dir).glob("iter_*.pth")]) == 3
     assert (
         f" {figures_of(runner)[0]['val/pairs']:.0f} pairs in 2 sets (a, b)" in lines["validation"]

@@ -11,16 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from commands import TINY, TRAIN, run, run_ranks
+from commands import TINY, TRAIN, run, run_forked, run_ranks
 
 from polar_xtuner import compat, engine  # noqa: F401
 from polar_xtuner.checkpoint import CheckpointError
 from polar_xtuner.conversion import ConversionError
+from polar_xtuner.runners import take_weights
 
 from mmengine.config import Config  # isort: skip
 from mmengine.registry import RUNNERS  # isort: skip
 
 torch.set_num_threads(1)
+
+TEST = TRAIN.with_name("test.py")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,7 @@ def test_two_processes_validate_to_the_figures_of_one(trained: Path, tests: Any)
         line for line in map(json.loads, log.read_text().splitlines()) if "val/accuracy" in line
     )
     runner = tests()
-    runner.load_weights(str(trained / "iter_6.pth"))
+    take_weights(runner.model, str(trained / "iter_6.pth"))
     alone = in_val_names(runner.test())
     assert alone["val/pairs"] == 88
     assert {"val/a/loss", "val/b/loss", "val/source/web/loss"} < alone.keys()
@@ -131,7 +134,7 @@ def test_a_checkpoint_to_start_from_does_not_take_the_place_of_the_tested_one(
     other = tmp_path / "other.pth"
     torch.save({name: torch.zeros_like(value) for name, value in state.items()}, other)
     runner = tests(load_from=str(other))
-    runner.load_weights(str(trained / "iter_6.pth"))
+    take_weights(runner.model, str(trained / "iter_6.pth"))
     assert runner.test()["test/ties"] < 1
 
 
@@ -144,12 +147,12 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(
     torch.save({**state, "llm.new": torch.ones(1)}, tmp_path / "unknown.pth")
     runner = tests()
     with pytest.raises(ConversionError, match=r"it lacks \d+ tensors, llm\.layers\.1"):
-        runner.load_weights(str(tmp_path / "lacking.pth"))
+        take_weights(runner.model, str(tmp_path / "lacking.pth"))
     with pytest.raises(ConversionError, match=r"the model lacks 1 tensors, llm\.new"):
-        runner.load_weights(str(tmp_path / "unknown.pth"))
+        take_weights(runner.model, str(tmp_path / "unknown.pth"))
     torch.save({**state, "llm.norm.weight": torch.ones(7)}, tmp_path / "other.pth")
     with pytest.raises(ConversionError, match=r"other shapes of 1 tensors, llm\.norm\.weight"):
-        runner.load_weights(str(tmp_path / "other.pth"))
+        take_weights(runner.model, str(tmp_path / "other.pth"))
 
 
 class Hostile:
@@ -163,7 +166,7 @@ def test_a_hostile_checkpoint_is_refused(
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {"llm.norm.weight": Hostile()}}, "hostile.pth")
     with pytest.raises(CheckpointError, match="refused: it asks for"):
-        tests().load_weights("hostile.pth")
+        take_weights(tests().model, "hostile.pth")
     assert not Path("hacked").exists()
 
 
@@ -178,7 +181,7 @@ def test_adapters_are_tested_on_their_base(tests: Any, tmp_path: Path) -> None:
     losses = []
     for changes in (head, head | moved):
         torch.save({"state_dict": {**state, **changes}}, tmp_path / "adapters.pth")
-        runner.load_weights(str(tmp_path / "adapters.pth"))
+        take_weights(runner.model, str(tmp_path / "adapters.pth"))
         losses.append(runner.test()["test/loss"])
     assert abs(losses[0] - losses[1]) > 1e-3
 
@@ -186,5 +189,35 @@ def test_adapters_are_tested_on_their_base(tests: Any, tmp_path: Path) -> None:
 def test_without_data_to_test_on_it_says_so(tests: Any) -> None:
     with pytest.raises(ValueError, match="set test_data_files"):
         runner = tests()
-        runner._test_dataloader = {"dataset": {"data_files": None}}
+        runner.cfg.test_data_files = {}
         runner.test()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reward_token_id": 99999}, "the reward token .* has id 99999"),
+        ({"max_length": 99999}, "more than the 2048 positions of the model"),
+        ({"test_dataloader.sampler.type": "DefaultSampler"}, "must be EvaluationSampler, got Def"),
+        ({"test_dataloader.persistent_workers": True, "test_dataloader.num_workers": 1}, "never"),
+    ],
+)
+def test_data_that_are_not_for_the_model_are_refused(
+    options: dict[str, Any], message: str, tests: Any
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tests(**options).test()
+
+
+def test_a_config_that_names_no_runner_is_tested_all_the_same(
+    trained: Path, small: Path, val_files: dict[str, Path], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.py"
+    cfg = Config.fromfile(str(TINY))
+    given = dict(option.split("=", 1) for option in options(small, val_files, "test")[1:])
+    cfg.merge_from_dict({**given, "max_packed_length": 512})
+    config.write_text(re.sub(r"runner_type = .*\n", "", cfg.pretty_text))
+    done = run_forked(
+        *(TEST, config, "--work-dir", tmp_path / "w", "--checkpoint", trained / "iter_6.pth")
+    )
+    assert "88 pairs  accuracy" in done.stderr + done.stdout, done.stderr
