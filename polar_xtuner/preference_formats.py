@@ -272,6 +272,22 @@ def reference_of(named: str) -> Reference | None:
     raise ValueError(f"--reference {named}: must be best, field:NAME or file:PATH")
 
 
+def reference_files(named: str | None) -> list[Path]:
+    """The files that `--reference file:PATH` reads, none for what else it names.
+
+    Raises:
+        ValueError: there is no such file, or it is of no format that is read.
+    """
+    how, _, path = (named or "").partition(":")
+    if how != "file" or not path:
+        return []
+    try:
+        return find_files(path)
+    except (FileNotFoundError, ValueError) as error:
+        problem = str(error).removeprefix("data_files: ")
+        raise ValueError(f"--reference {named}: {problem}") from error
+
+
 class _ReferenceFile:
     """References by the text of their prompts, on disk."""
 
@@ -279,7 +295,7 @@ class _ReferenceFile:
         self._table = sqlite3.connect("")  # a temporary file, gone when this is
         self._table.execute("create table refs (prompt integer primary key, text, file, line)")
         count = 0
-        for file, line, raw in read_raw(find_files(path)):
+        for file, line, raw in read_raw(reference_files(f"file:{path}")):
             if isinstance(raw, BadRow):
                 raise ValueError(f"--reference file:{path}: {raw.errors[0]}")
             try:

@@ -57,10 +57,16 @@ def write_rows(
     return written
 
 
-def check_output(output: Path) -> None:
-    """Raise ValueError for a file that `write_rows` cannot write."""
-    if not output.name.lower().endswith(ENDINGS):
-        raise ValueError(f"{output}: its name must end in one of {', '.join(ENDINGS)}")
+def check_output(
+    output: Path, inputs: Iterable[Path] = (), endings: tuple[str, ...] = ENDINGS
+) -> None:
+    """Raise ValueError for a file that cannot be written, or is one of `inputs`."""
+    if not output.name.lower().endswith(endings):
+        raise ValueError(f"{output}: its name must end in one of {', '.join(endings)}")
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder: the output is a file")
+    if output.resolve() in {path.resolve() for path in inputs}:
+        raise ValueError(f"{output} is read too, and would be lost: give another output")
     if not output.parent.is_dir():
         raise ValueError(f"{output}: there is no folder {output.parent}")
     if output.name.lower().endswith(".parquet"):

@@ -150,6 +150,9 @@ def test_the_tool_writes_rows_that_training_reads(ending: str, tmp_path: Path) -
     assert told["policies"]["A"] == {"same": 5, "rejected": 5}
     assert {row.wrapper for row in rows} == {"pretrain"}
     assert {row.extra["policy"] for row in rows} == {"A", "B"}
+    onto_itself = subprocess.run([*tool, "--output", str(file)], capture_output=True, text=True)
+    assert onto_itself.stderr.startswith(f"make_policy_pairs.py: {file} is read too")
+    assert len(file.read_text().splitlines()) == len(trajectories)
     file.write_text(json.dumps(trajectories[0]._asdict()))
     failed = subprocess.run([*tool, "--output", str(out)], capture_output=True, text=True)
     assert failed.returncode == 1

@@ -479,3 +479,33 @@ def test_the_tool_tells_rows_and_what_was_left_out(
     with pytest.raises(SystemExit) as raised:
         run(file, "--from", "ranked", "--ability", "x", "--output", out)
     assert raised.value.code == 2
+
+
+@pytest.mark.parametrize("way", ["from", "verl", "reference", "link", "folder", "is a folder"])
+def test_the_tool_never_writes_over_what_it_reads(
+    way: str, tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = lines(tmp_path / "in.jsonl", CASES["ranked"][0])
+    refs = lines(tmp_path / "refs.jsonl", REFERENCES)
+    rows = tmp_path / "rows.parquet"
+    write_rows(CASES["ranked"][2], rows)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(file)
+    (tmp_path / "folder.jsonl").mkdir()
+    spelled = tmp_path / "folder.jsonl" / ".."
+    ranked = ["--from", "ranked"]
+    arguments, output = {
+        "from": ([file, *ranked], spelled / "in.jsonl"),
+        "verl": ([rows, "--to", "verl-parquet"], spelled / "rows.parquet"),
+        "reference": ([file, *ranked, "--reference", f"file:{refs}"], spelled / "refs.jsonl"),
+        "link": ([link, *ranked], file),
+        "folder": ([tmp_path, *ranked], file),
+        "is a folder": ([file, *ranked], tmp_path / "folder.jsonl"),
+    }[way]
+    before = {path: path.read_bytes() for path in (file, refs, rows)}
+    monkeypatch.setattr(
+        sys, "argv", [*map(str, ["convert_data.py", *arguments, "--output", output])]
+    )
+    with pytest.raises(SystemExit, match=f"{output} is (read too|a folder)"):
+        tool.main()
+    assert {path: path.read_bytes() for path in (file, refs, rows)} == before

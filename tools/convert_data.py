@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from polar_xtuner.integrations.verl_data import read_prompts, write_verl_parquet
-from polar_xtuner.preference_formats import FORMATS, PAIRS, convert, describe
+from polar_xtuner.preference_formats import FORMATS, PAIRS, convert, describe, reference_files
 from polar_xtuner.records import find_files
 from polar_xtuner.row_files import check_output, write_rows
 
@@ -29,9 +29,10 @@ ONLY_TO = ("data_source", "ability", "split")
 
 
 def from_format(args: argparse.Namespace) -> dict[str, Any]:
-    check_output(args.output)
+    files = find_files(args.files)
+    check_output(args.output, [*files, *reference_files(args.reference)])
     rows = convert(
-        find_files(args.files),
+        files,
         args.source_format,
         reference=args.reference,
         pairs=args.pairs or "paper",
@@ -52,8 +53,10 @@ def with_bar(rows: Iterable[Any]) -> Iterator[Any]:
 
 
 def to_verl(args: argparse.Namespace) -> dict[str, Any]:
+    files = find_files(args.files)
+    check_output(args.output, files, (".parquet",))
     written = write_verl_parquet(
-        read_prompts(find_files(args.files)),
+        read_prompts(files),
         args.output,
         args.data_source or "polar",
         args.ability or "general",

@@ -23,10 +23,11 @@ from polar_xtuner.row_files import check_output, write_rows
 
 
 def make(args: argparse.Namespace) -> dict[str, Any]:
-    check_output(args.output)
+    files = find_files(args.files)
+    check_output(args.output, files)
     pairs = PolicyPairs(args.wrapper, args.seed)
     trajectories = tqdm(
-        RowCheck(args.on_bad_row).accept(read_trajectories(find_files(args.files))),
+        RowCheck(args.on_bad_row).accept(read_trajectories(files)),
         "Reading",
         unit=" trajectories",
         delay=1,
