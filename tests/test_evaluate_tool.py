@@ -150,6 +150,56 @@ def test_what_cannot_be_done_is_said_before_scoring(
             evaluate(*arguments)
 
 
+@pytest.mark.parametrize("option", ["--scores", "--report"])
+def test_a_folder_that_cannot_be_written_to_is_said_before_scoring(
+    evaluate: Any, model: Path, rows: Path, option: str, monkeypatch: Any
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("scored")
+
+    monkeypatch.setattr("polar_xtuner.scoring.PolarScorer.stream", fail)
+    where = {"--scores": "/proc/scores.jsonl", "--report": "/proc/page"}[option]
+    with pytest.raises(ValueError, match=f"^{option}: /proc.* cannot be written to: "):
+        evaluate(model, rows, option, where)
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_results_are_written_though_they_cannot_be_printed_and_printed_though_not_written(
+    tool: ModuleType, model: Path, rows: Path, tmp_path: Path, monkeypatch: Any, calibrate: bool
+) -> None:
+    said: list[str] = []
+
+    def fail(text: str) -> None:
+        said.append(text)
+        raise OSError("full")
+
+    def no_temperature(evaluation: Any) -> None:
+        raise ValueError("no temperature")
+
+    monkeypatch.setattr(tool, "show", said.append if calibrate else fail)
+    monkeypatch.setattr("polar_xtuner.calibration.calibration_of", no_temperature)
+    scores, page = tmp_path / "scores.jsonl", tmp_path / "new" / "page"
+    options = ["--scores", scores, "--report", page, "--device", "cpu"]
+    options += ["--calibrate"] if calibrate else []
+    with pytest.raises((OSError, ValueError), match="no temperature" if calibrate else "full"):
+        tool.evaluate(tool.parse([*map(str, (model, rows, *options))]))
+    assert len(scores.read_text().splitlines()) == 20 and (page / "index.html").is_file()
+    assert "accuracy" in said[0]
+
+
+def test_ctrl_c_ends_without_a_traceback(
+    tool: ModuleType, model: Path, rows: Path, monkeypatch: Any
+) -> None:
+    def interrupt(args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "evaluate", interrupt)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(model), str(rows)])
+    with pytest.raises(SystemExit) as raised:
+        tool.main()
+    assert raised.value.code == 130
+
+
 def test_people_get_tables_and_one_line_of_what_is_wrong(
     tool: ModuleType, model: Path, rows: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:

@@ -17,8 +17,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+from polar_xtuner.printing import show
 from polar_xtuner.records import BadRowsError, find_files
 from polar_xtuner.tokenizer import local_folder
 
@@ -47,6 +49,7 @@ def evaluate(args: argparse.Namespace) -> None:
             config_beside(Path(name))
     files = find_files(args.files)
     rows, bad_rows = model_evaluation.rows_to_evaluate(files, args.on_bad_row)
+    try_outputs(args)
     models = []
     for name in names:
         with as_hf_folder(name, args.config, args.cfg_options) as folder:
@@ -60,18 +63,19 @@ def evaluate(args: argparse.Namespace) -> None:
     results = model_evaluation.Evaluation(
         [*map(str, files)], bad_rows, args.seed, models, comparisons
     )
-    if args.json:
-        print(json.dumps(results.to_json()), flush=True)
-    else:
-        print(evaluation_text.evaluation_text(results), flush=True)
-    if args.scores:
-        model_evaluation.write_scores(models[0].rows, args.scores)
-    if args.report:
-        write_evaluation_report(args.report, results)
-    if args.calibrate:
-        found = calibration.calibration_of(models[0])
-        calibration.write_calibration(Path(args.model), found)
-        logging.info("%s/config.json: %s", args.model, found)
+    try:  # what took hours is written before anything can go wrong with the terminal
+        if args.scores:
+            model_evaluation.write_scores(models[0].rows, args.scores)
+        if args.report:
+            write_evaluation_report(args.report, results)
+        if args.calibrate:
+            found = calibration.calibration_of(models[0])
+            calibration.write_calibration(Path(args.model), found)
+            logging.info("%s/config.json: %s", args.model, found)
+    finally:  # and shown, even if it could not be written
+        show(
+            json.dumps(results.to_json()) if args.json else evaluation_text.evaluation_text(results)
+        )
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -90,6 +94,21 @@ def check_outputs(args: argparse.Namespace) -> None:
             f"--calibrate writes into MODEL/config.json, and {args.model} is no Hugging Face "
             "folder: convert a checkpoint (docs/conversion.md), or fetch the model"
         )
+
+
+def try_outputs(args: argparse.Namespace) -> None:
+    """Raise if a new file cannot be made where one will be, before hours of scoring."""
+    folders = {"--scores": args.scores and args.scores.parent, "--report": args.report}
+    folders["--calibrate"] = Path(args.model) if args.calibrate else None
+    for option, folder in folders.items():
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"{option}: {folder} cannot be written to: {error}") from None
 
 
 def natural(text: str) -> int:
@@ -174,6 +193,8 @@ def main() -> None:
         )
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"evaluate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
