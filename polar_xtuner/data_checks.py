@@ -65,22 +65,35 @@ LONG_PROMPT = 20
 """Characters from which on an answer does not begin with the prompt by chance."""
 
 _CHAT_MARK = re.compile(
-    r"<\|[a-z0-9_]+\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|\[UNUSED_TOKEN_\d+\]"
+    r"<\|[a-z0-9_]{2,}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|\[UNUSED_TOKEN_\d+\]"
     r"|<extra_id_\d+>"
 )
 _TRANSCRIPT = re.compile(
     r"\n\n(?:Human|Assistant): |### (?:Instruction|Response|Input|Human|Assistant):"
 )
 _THINK = re.compile(r"</?think(?:ing)?>")
+_C1 = re.compile(r"[\x80-\x9f]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _ENTITY = re.compile(r"&(?:amp|lt|gt|quot|nbsp|apos|#0?39|#x27|#34);")
+_TAG = re.compile(r"<(?!think)[a-z][a-z0-9]*(?: [^<>]*)?>", re.IGNORECASE)
+_CODE_SPAN = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
+_IMPORT = re.compile(r"(?:from [\w.]+ )?import [\w.*, ]+;?|#include\b|#!/")
+
+# What has a backslash and an n and stands for itself: in quotation marks (of code, so not a long
+# way apart), in paths of a drive (which A: and Q: are seldom), and in names of TeX.
+_SPELLED = re.compile(
+    r"\"[^\"\n]{0,80}\"|(?<!\w)'[^'\n]{0,80}'(?!\w)|\b[B-PR-Zb-pr-z]:(?:\\[\w.~-]+)+"
+    r"|\\n(?:abla|atural|e|earrow|eg|eq|ewcommand|ewline|ewpage|exists|i|leq|geq|mid|oindent"
+    r"|ormalsize|ot|otag|otin|parallel|prec|rightarrow|Rightarrow|sim|subseteq|u|ull|umber|warrow"
+    r")(?![A-Za-z])"
+)
 
 # The bytes 80 to BF as Latin-1 and Windows-1252 show them: what follows the first byte of a
 # character's UTF-8. What could end a French or Portuguese quotation is taken for that, unless it
-# comes twice in a row, as it would in a language of other letters.
+# comes twice in a row, as it would in a language of other letters; so is a quoted letter, « Â ».
 _LATER = "[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
 _MOJIBAKE = re.compile(
-    f"(?<![A-ZÀ-Þ])[ÂÃ]{_LATER}|â{_LATER}{{2}}|ï[»¼½]{_LATER}|ð{_LATER}{{3}}"
+    f'(?<![A-ZÀ-Þ])(?!(?<=[«‹“„‘"\xa0])[ÂÃ][\xa0»])[ÂÃ]{_LATER}|â{_LATER}{{2}}|ï[»¼½]{_LATER}|ð{_LATER}{{3}}'
     f"|(?:[Ä-ß]{_LATER}){{2}}|(?:[à-ï]{_LATER}{{2}}){{2}}"
 )
 
@@ -160,16 +173,18 @@ class RowChecks:
         if "\ufffd" in text:
             yield "replacement_character", _first(text, "\ufffd", "U+FFFD")
         for found in () if text.isascii() else _MOJIBAKE.finditer(text):
-            if meant := _decoded(found[0]):
+            meant = _decoded(found[0])
+            if meant and not _C1.search(meant):  # no text had such characters before: “Â”
                 yield "mojibake", f"holds {found[0]!r} {_at(found)}, which should be {meant!r}"
                 break
         control = _CONTROL.search(text)
         if control:
             yield "control_character", f"holds U+{ord(control[0]):04X} {_at(control)}"
         if text.count("\\n") > 1 and "\n" not in text.strip():
-            yield "escaped_newlines", f"holds \\n {text.count(chr(92) + 'n')} times, and no newline"
-        entity = _ENTITY.search(text)
-        if entity:
+            times = _SPELLED.sub("", _without_code(text)).count("\\n")
+            if times > 1:
+                yield "escaped_newlines", f"holds \\n {times} times, and no newline"
+        if entity := _entity(text):
             yield "html_entity", f"holds {entity[0]!r} {_at(entity)}"
 
 
@@ -179,6 +194,23 @@ def _at(found: re.Match[str]) -> str:
 
 def _first(text: str, character: str, name: str) -> str:
     return f"holds {name} {text.count(character)} times, first at character {text.index(character)}"
+
+
+def _without_code(text: str) -> str:
+    """The text with blanks for what is in backticks."""
+    return _CODE_SPAN.sub(lambda code: " " * len(code[0]), text) if "`" in text else text
+
+
+def _entity(text: str) -> re.Match[str] | None:
+    """An entity that is neither in code nor, between the first and the last tag, in HTML."""
+    if not _ENTITY.search(text):
+        return None
+    text = _without_code(text)
+    first, last = _TAG.search(text), text.rfind("</")
+    for entity in _ENTITY.finditer(text):
+        if first is None or not first.end() <= entity.start() < last:
+            return entity
+    return None
 
 
 def _decoded(text: str) -> str:
@@ -198,8 +230,15 @@ def _of_answer(field: str, text: str, prompt: str) -> Iterator[Odd]:
     if think:
         yield "think_tag", field, f"holds {think[0]!r} {_at(think)}"
     start = prompt.strip()
-    if len(start) >= LONG_PROMPT and text.lstrip().startswith(start):
+    if len(start) >= LONG_PROMPT and text.lstrip().startswith(start) and not _is_code(start):
         yield "prompt_in_answer", field, f"begins with the prompt, {len(start)} characters of it"
+
+
+def _is_code(prompt: str) -> bool:
+    """Whether the first line imports a module or begins a function: its answer completes it."""
+    line = prompt.partition("\n")[0].rstrip()
+    begins = line.endswith((":", "{")) and re.search(r"\w\(", line) and ")" in line
+    return bool(begins or _IMPORT.match(line))
 
 
 def _of_sides(reference: str, chosen: dict[str, str], rejected: dict[str, str]) -> Iterator[Odd]:
@@ -245,7 +284,7 @@ def _meant(name: str) -> str | None:
     plain = name.strip().lower().replace("-", "_")
     if name in _KNOWN:
         return None
-    close = difflib.get_close_matches(plain, _OPTIONAL, n=1, cutoff=0.85)
+    close = difflib.get_close_matches(plain, _OPTIONAL, n=1, cutoff=0.9)
     return close[0] if close else None
 
 

@@ -104,6 +104,27 @@ def clean_rows(folder: Path) -> list[Raw]:
     return rows
 
 
+ORDINARY = (
+    r"Let $\nu>0$ and $\nabla f\neq 0$.",
+    r"They are in C:\new\names.",
+    r'printf "a\nb\n"',
+    "La lettre «\u00a0Â\u00a0», ou “Â”",
+    "<p>a &lt; b</p>",
+    "`a &lt; b`",
+    "f <|x|> g",
+)
+"""What looks like a fault and is none."""
+
+
+def ordinary_rows() -> list[Raw]:
+    texts = dict(zip(SIDES, ("Write what you like, please.", "Well.", "", "I had rather not.")))
+    rows = [{**texts, "chosen": answer} for answer in ORDINARY]
+    return [
+        {side: said("assistant" if n else "user", row[side]) for n, side in enumerate(SIDES)}
+        for row in rows
+    ]
+
+
 def said(role: str, text: str) -> list[dict[str, str]]:
     return [{"role": role, "content": text}]
 
@@ -238,7 +259,7 @@ def test_every_planted_fault_is_found_and_nothing_else(
     shared_data: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     files = [tmp_path / f"{name}.jsonl" for name in "abc"]
-    rows = clean_rows(shared_data)
+    rows = clean_rows(shared_data) + ordinary_rows()
     count = len(rows)
     faults = planted(rows, files)
     kinds = len(ERRORS) + 2 + len(WARNINGS) + len(AGAIN)

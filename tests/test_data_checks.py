@@ -105,15 +105,58 @@ def test_text_is_not_taken_for_double_encoding_unless_it_reads_as_utf8(text: str
         "None of these.",
         "print('a\\n')",
         "Human: a being",
+        r"Let $\nu>0$ and $\nabla f\neq 0$.",
+        r"$a \neq b$, so $b \neq a$ and $\neg p \wedge \neg q$",
+        r"They are in C:\new\names and in D:\nets\net.txt.",
+        r'printf "a\nb\n"',
+        r"Split at '\n\n', that is `\n` and `\n`.",
+        "La lettre «\u00a0Â\u00a0» a un accent, «\u00a0Ã\u00a0» un tilde.",
+        "“Â”, “Ă”, «Â»",
+        "<p>a &lt; b</p>",
+        "```html\n<p>a &lt; b &amp;&amp; c</p>\n```",
+        "Write `&lt;` for it.",
+        "f <|x|> g",
     ],
 )
 def test_ordinary_text_is_let_alone(text: str) -> None:
     assert found(chosen=text) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("escaped_newlines", r"First.\nno\nnext\nnumbers"),
+        ("escaped_newlines", r"Q:\nwhat?\nA:\nthis"),
+        ("escaped_newlines", r"a\nb\nc"),
+        ("escaped_newlines", r"It's $\nu$.\n\nDon't."),
+        ("escaped_newlines", r'"Well," she said.\n\nThen "Yes."'),
+        ("mojibake", "“Â” and Ã©tÃ©"),
+        ("mojibake", "déjà: Ã\u00a0 la carte"),
+        ("html_entity", "`a` &amp; b"),
+        ("html_entity", "<p>a</p> &amp; b"),
+        ("html_entity", "a &lt;p&gt; b"),
+    ],
+)
+def test_faults_are_found_beside_what_is_let_alone(kind: str, text: str) -> None:
+    assert found(chosen=text) == [(kind, "chosen")]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        'def add(a, b):\n    """Add two numbers."""',
+        "from typing import List\n\n\ndef first(of: List[int]) -> int:",
+        "int add(int a, int b) {",
+    ],
+)
+def test_an_answer_may_complete_the_code_of_its_prompt(prompt: str) -> None:
+    assert found(prompt=prompt, chosen=f"{prompt}\n    return 1") == []
+
+
 def test_sound_rows_are_let_alone() -> None:
     assert found() == []
     assert found(margin=0.5, wrapper="pretrain", source="a", id=3, label="x", models="y") == []
+    assert found(marginal=1, wrapped=True) == []
     talk = messages("assistant", "Beijing.", "user", "Sure?", "assistant", "Yes.")
     assert found(reference=talk, prompt=messages("system", "Be brief.", "user", "Capital?")) == []
 
