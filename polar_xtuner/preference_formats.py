@@ -540,21 +540,49 @@ def _alpaca_eval(raw: Raw, score: str | None) -> Answers:
 
 def _trl(raw: Raw, score: str | None) -> Answers:
     """TRL's preferences: `chosen` and `rejected`, texts or messages, and `prompt`, or with that
-    as their common beginning."""
+    as their common beginning, or both."""
     chosen, rejected = _text(raw, "chosen"), _text(raw, "rejected")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise FormatError("rejected", "must be a string like chosen, or messages like chosen")
-    if raw.get("prompt") is not None:
-        prompt = _text(raw, "prompt")
-        if isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list):
-            size = len(prompt)
-            if chosen[:size] == prompt == rejected[:size]:
-                chosen, rejected = chosen[size:], rejected[size:]
-        return _two(prompt, chosen, rejected, raw)
+    prompt = None if raw.get("prompt") is None else _text(raw, "prompt")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        return _two(*_without_common_text(chosen, rejected), raw)
-    assert isinstance(chosen, list) and isinstance(rejected, list)
-    return _two(*_without_history(chosen, rejected), raw)
+        if prompt is None:
+            return _two(*_without_common_text(chosen, rejected), raw)
+        return _two(prompt, *_without_prompt(prompt, chosen, rejected), raw)
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise FormatError("rejected", "must be a string like chosen, or messages like chosen")
+    if prompt is None:
+        return _two(*_without_history(chosen, rejected), raw)
+    size = len(prompt)
+    if chosen[:size] == prompt == rejected[:size]:
+        return _two(prompt, chosen[size:], rejected[size:], raw)
+    if {chosen[0].get("role"), rejected[0].get("role")} & _ASKING:
+        return _two(*_with_prompt(prompt, *_without_history(chosen, rejected)), raw)
+    return _two(prompt, chosen, rejected, raw)
+
+
+_ASKING = {"system", "developer", "user", "human"}
+"""Roles that begin a talk, and no answer."""
+
+
+def _without_prompt(prompt: Text, chosen: str, rejected: str) -> tuple[str, str]:
+    """Answers without the prompt where both begin with it; a single word may be chance (Hello)."""
+    text = text_of(prompt)
+    if len(text.split()) > 1 and chosen.startswith(text) and rejected.startswith(text):
+        return chosen[len(text) :], rejected[len(text) :]
+    return chosen, rejected
+
+
+def _with_prompt(
+    prompt: Text, history: list[Message], chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """A history that two talks have in common, which must hold the prompt, and the answers."""
+    texts = [text_of(history), *(message["content"] for message in history)]
+    if text_of(prompt).strip() not in map(str.strip, texts):
+        raise FormatError(
+            "prompt",
+            "is not in the history that chosen and rejected begin with: without this field that "
+            "history is the prompt",
+        )
+    return history, chosen, rejected
 
 
 def _without_common_text(chosen: str, rejected: str) -> tuple[str, str, str]:

@@ -253,6 +253,42 @@ def test_each_format_gives_exactly_its_rows(name: str, tmp_path: Path) -> None:
     assert all(isinstance(r, Row) for r in read_rows([tmp_path / "out.jsonl"]))
 
 
+TURNS = [user("Sum?"), assistant("Of?"), user("2 + 2?")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "history", "kept"),
+    [
+        ("2 + 2?", [user("2 + 2?")], [user("2 + 2?")]),
+        ("2 + 2?\n", [{"role": "system", "content": "Be brief."}, user("2 + 2?")], None),
+        ("2 + 2?", TURNS, TURNS),
+        ("Sum?", TURNS, TURNS),
+        ("Sum?\nOf?\n2 + 2?", TURNS, TURNS),
+        ([{**user("2 + 2?"), "name": "me"}], [user("2 + 2?")], [user("2 + 2?")]),
+        ("2 + 2?", "2 + 2?", [user("2 + 2?")]),
+        ([user("2 + 2?")], "2 + 2?", [user("2 + 2?")]),
+    ],
+)
+def test_a_prompt_that_stands_in_the_answers_too_is_taken_off(
+    prompt: Any, history: Any, kept: list[Raw] | None, tmp_path: Path
+) -> None:
+    answers = (" 4", " 5") if isinstance(history, str) else ([assistant("4")], [assistant("5")])
+    chosen, rejected = (history + answer for answer in answers)
+    record = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "gold": "four"}
+    [read] = convert([lines(tmp_path / "in.jsonl", [record])], "trl", reference="field:gold")
+    assert read == row(kept or history, "four", *answers, source="trl")
+
+
+def test_an_answer_that_repeats_a_word_or_alone_repeats_the_prompt_is_left(tmp_path: Path) -> None:
+    records = [
+        {"prompt": "Hello", "chosen": "Hello!", "rejected": "Hello, you.", "gold": "Hi"},
+        {"prompt": "2 + 2?", "chosen": "2 + 2? 4", "rejected": "5", "gold": "4"},
+    ]
+    rows = convert([lines(tmp_path / "in.jsonl", records)], "trl", reference="field:gold")
+    texts = [(r["chosen"], r["rejected"]) for r in rows if isinstance(r, dict)]
+    assert texts == [([assistant(r["chosen"])], [assistant(r["rejected"])]) for r in records]
+
+
 def test_all_pairs_are_those_of_different_scores(tmp_path: Path) -> None:
     record = {"prompt": "p", "responses": [*"abcde"], "scores": [9, 7, 5, 5, 1]}
     file = lines(tmp_path / "in.jsonl", [record])
@@ -339,6 +375,12 @@ def test_other_scores_can_be_ranked_by(tmp_path: Path) -> None:
         ("trl", {"prompt": "a", "chosen": "b"}, "rejected"),
         ("trl", {"prompt": "a", "chosen": "b", "rejected": [assistant("c")]}, "rejected"),
         ("trl", {"chosen": "b", "rejected": "c"}, "rejected"),
+        ("trl", {"prompt": "a", "chosen": [user("b")], "rejected": [assistant("c")]}, "rejected"),
+        (
+            "trl",
+            {"prompt": "a", **{n: [user("b"), assistant(n)] for n in ("chosen", "rejected")}},
+            "prompt",
+        ),
         ("ranked", {"prompt": "a", "responses": ["b", 7]}, "responses[1]"),
         ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1]}, "scores"),
         ("ranked", {"prompt": "a", "responses": ["b"], "scores": [float("nan")]}, "scores[0]"),
