@@ -217,7 +217,8 @@ def find_files(data_files: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files that `data_files` names: a file, a folder, a glob, or a list of such.
 
     A folder stands for the files of a known format in it and below, without hidden ones; a glob
-    for every file it matches, `**` included. Both are sorted. A file named twice is read once.
+    for every file it matches, `**` included. Both are sorted. A file named twice is read once,
+    however it is spelled, by the first of its names.
 
     Raises:
         FileNotFoundError: an entry names nothing that exists, or nothing to read.
@@ -229,7 +230,10 @@ def find_files(data_files: str | Path | Sequence[str | Path]) -> list[Path]:
     paths = [path for entry in entries for path in _paths_of(entry)]
     for path in paths:
         _format(path)
-    return list(dict.fromkeys(paths))
+    names: dict[Path, Path] = {}
+    for path in paths:
+        names.setdefault(path.resolve(), path)
+    return list(names.values())
 
 
 def read_rows(

@@ -377,6 +377,19 @@ def test_files_are_found_by_name_list_glob_and_folder(tmp_path: Path) -> None:
     assert find_files(tmp_path / ".hidden") == [tmp_path / ".hidden" / "f.jsonl"]
 
 
+def test_a_file_under_two_spellings_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub").mkdir()
+    file = tmp_path / "a.jsonl"
+    file.touch()
+    (tmp_path / "link.jsonl").symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    spellings = ["sub/../a.jsonl", "a.jsonl", "./a.jsonl", str(file), "link.jsonl", "*.jsonl"]
+    for first in spellings[:-1]:
+        assert find_files([first, *spellings]) == [Path(first)]
+
+
 def test_a_file_name_may_look_like_a_glob(tmp_path: Path) -> None:
     odd = tmp_path / "a[1]*.jsonl"
     odd.touch()
