@@ -67,12 +67,14 @@ class Format:
 
     Attributes:
         read: a record -> its answers; raises `FormatError`.
+        own: the fields of the prompt and the answers, of which none is a reference.
         has_pairs: every record has two answers, so none is left to be the reference.
         score: the field of the scores, None where they have no name.
         adjacent: records that follow each other and have the same prompt belong together.
     """
 
     read: Callable[[Raw, str | None], Answers]
+    own: tuple[str, ...]
     has_pairs: bool
     score: str | None = None
     adjacent: bool = False
@@ -97,7 +99,8 @@ def convert(
         score: the field to rank by, None the format's own.
 
     Raises:
-        ValueError: the format has no such reference, or no such score; the file of references
+        ValueError: the format has no such reference, or no such score; the field of the reference
+            is that of the prompt or of an answer; the file of references
             holds two for a prompt, or none.
         BadRowsError: a row of the file of references is bad.
     """
@@ -109,6 +112,10 @@ def convert(
             f"{format} has two answers to a prompt, and the better one is chosen: none is left to "
             "be the reference. Name one: --reference field:NAME, a field of each record, or "
             "--reference file:PATH, a file of rows with prompt and reference"
+        )
+    if reference.removeprefix("field:") in kind.own:
+        raise ValueError(
+            f"--reference {reference}: is the prompt or an answer of {format}: name another field"
         )
     if score is not None and kind.score is None:
         raise ValueError(f"{format} has no scores to choose from: leave --score out")
@@ -199,6 +206,10 @@ class Conversion:
                 self.dropped["prompts without a reference in the file of references"] += 1
                 return []
             reference = named
+            others = [a for a in answers if text_of(a.text) != text_of(reference)]
+            if len(others) < len(answers):
+                self.dropped["answers that are the reference"] += 1
+            answers = others
         if len(answers) < 2:
             self.dropped[few] += 1
             return []
@@ -613,13 +624,23 @@ def _ranked(raw: Raw, score: str | None) -> Answers:
 
 
 FORMATS = {
-    "hh-rlhf": Format(_hh_rlhf, has_pairs=True),
-    "ultrafeedback": Format(_ultrafeedback, has_pairs=False, score="overall_score"),
-    "ultrafeedback-binarized": Format(_ultrafeedback_binarized, has_pairs=True),
-    "helpsteer": Format(_helpsteer, has_pairs=False, score="helpfulness", adjacent=True),
-    "alpaca-eval": Format(_alpaca_eval, has_pairs=True),
-    "trl": Format(_trl, has_pairs=True),
-    "ranked": Format(_ranked, has_pairs=False),
+    "hh-rlhf": Format(_hh_rlhf, ("chosen", "rejected"), has_pairs=True),
+    "ultrafeedback": Format(
+        _ultrafeedback, ("instruction",), has_pairs=False, score="overall_score"
+    ),
+    "ultrafeedback-binarized": Format(
+        _ultrafeedback_binarized, ("prompt", "chosen", "rejected"), has_pairs=True
+    ),
+    "helpsteer": Format(
+        _helpsteer,
+        ("prompt", "response", "response_1", "response_2"),
+        has_pairs=False,
+        score="helpfulness",
+        adjacent=True,
+    ),
+    "alpaca-eval": Format(_alpaca_eval, ("instruction", "output_1", "output_2"), has_pairs=True),
+    "trl": Format(_trl, ("prompt", "chosen", "rejected"), has_pairs=True),
+    "ranked": Format(_ranked, ("prompt",), has_pairs=False),
 }
 """By the name that `--from` gives."""
 

@@ -393,7 +393,7 @@ def test_a_wrong_record_is_refused_by_file_line_and_field(
 ) -> None:
     good = CASES[name][0][0]
     file = lines(tmp_path / "in.jsonl", [good, record])
-    reference = None if name in ("ranked", "ultrafeedback", "helpsteer") else "field:prompt"
+    reference = None if name in ("ranked", "ultrafeedback", "helpsteer") else "field:gold"
     rows = convert([file], name, reference=reference)
     found = [r.errors[0] for r in rows if isinstance(r, BadRow)]
     assert (found[-1].file, found[-1].line, found[-1].field) == (str(file), 2, field)
@@ -407,6 +407,29 @@ def test_a_wrong_record_is_refused_by_file_line_and_field(
 def test_pairs_need_a_reference_that_is_named(name: str, reference: str | None) -> None:
     with pytest.raises(ValueError, match=r"--reference field:NAME.*--reference file:PATH"):
         convert([], name, reference=reference)
+
+
+def test_an_answer_that_is_the_named_reference_makes_no_pair(tmp_path: Path) -> None:
+    records = [
+        {"prompt": "p", "responses": [*"abc"], "gold": [assistant("a")]},
+        {"prompt": "p", "responses": [*"abc"], "gold": "d"},
+        {"prompt": "p", "responses": [*"ab"], "gold": "b"},
+    ]
+    rows = convert([lines(tmp_path / "in.jsonl", records)], "ranked", reference="field:gold")
+    made = [row("p", "a", "b", "c", source="ranked"), row("p", "d", "a", "b", source="ranked")]
+    assert [*rows] == made
+    assert rows.dropped == {
+        "answers that are the reference": 2,
+        "prompts with fewer than two different answers": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [(name, field) for name, kind in FORMATS.items() for field in kind.own]
+)
+def test_the_prompt_and_the_answers_are_no_reference(name: str, field: str) -> None:
+    with pytest.raises(ValueError, match=f"--reference field:{field}: is the prompt or an answer"):
+        convert([], name, reference=f"field:{field}")
 
 
 @pytest.mark.parametrize(
