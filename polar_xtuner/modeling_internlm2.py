@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
@@ -41,6 +43,19 @@ HEAD = "v_head.weight"
 def first_names(names: Sequence[str]) -> str:
     """The first tensors that an error names."""
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def check_safetensors(path: str) -> None:
+    """Raise ValueError for a file of a folder's weights that was cut or is no safetensors file.
+
+    The library's own error does not name it.
+    """
+    for file in sorted(Path(path).glob("model*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged, copy it again: {error}") from None
 
 
 class InternLM2Config(PretrainedConfig):
@@ -114,6 +129,29 @@ class InternLM2Config(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields of a `config.json`.
+
+        Raises:
+            ValueError: it is no object, or another model's: its fields would be taken for ours, and
+                those it names otherwise for our defaults.
+        """
+        path = pretrained_model_name_or_path
+        try:
+            fields, unused = super().get_config_dict(path, **kwargs)
+        except TypeError:  # transformers' where it puts a field into a list or number
+            raise ValueError(f"{path}/config.json must hold a JSON object") from None
+        kind, classes = fields.get("model_type"), fields.get("architectures") or []
+        if kind != cls.model_type and "InternLM2ForRewardModel" not in classes:
+            raise ValueError(
+                f"{path}/config.json is of model_type {kind}, not {cls.model_type}: a POLAR model, "
+                "or an InternLM2 model to start from, is needed"
+            )
+        return fields, unused
 
 
 class RMSNorm(nn.Module):
@@ -341,16 +379,19 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str, **kwargs: Any
+        cls, pretrained_model_name_or_path: str, needs_head: bool = False, **kwargs: Any
     ) -> InternLM2ForRewardModel:
         """Load a checkpoint of `.bin` or safetensors shards; no remote code is run.
 
-        Only the reward head may be missing (a language model to start from); it starts at zero.
+        Unless `needs_head`, the reward head may be missing (a language model to start from); it
+        starts at zero.
 
         Raises:
-            ValueError: the checkpoint lacks a tensor; names it.
+            ValueError: the checkpoint is of another model, a file is damaged, or a tensor is
+                missing; names it.
         """
         path = pretrained_model_name_or_path
+        check_safetensors(path)
         kwargs.pop("trust_remote_code", None)
         if kwargs.get("low_cpu_mem_usage") and kwargs.get("device_map") is None:
             # Else transformers 4.48 takes empty tensors of one size for tied ones: a missing norm
@@ -362,6 +403,11 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
             raise ValueError(
                 f"{path} lacks {len(missing)} tensors of an InternLM2 reward model: "
                 f"{first_names(missing)}"
+            )
+        if HEAD in info["missing_keys"] and needs_head:
+            raise ValueError(
+                f"{path} has no reward head ({HEAD}), all its rewards would be 0: it is a language "
+                "model to start training from"
             )
         if HEAD in info["missing_keys"]:
             logger.warning("%s has no reward head (%s): it starts at zero", path, HEAD)

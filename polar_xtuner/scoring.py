@@ -58,8 +58,8 @@ class PolarScorer:
         normalize: give `Calibration.apply` of rewards, in (0, 1), in place of rewards.
 
     Raises:
-        ValueError: a setting is wrong, the checkpoint lacks tensors, or the tokenizer is not the
-            model's.
+        ValueError: a setting is wrong, the checkpoint is of another model, damaged, or lacks
+            tensors or the reward head, or the tokenizer is not the model's.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PolarScorer:
             dtype = "float32" if self.device.type == "cpu" else "auto"
         self._calibration = read_calibration(local_folder(path)) if normalize else None
         tokenizer = load_tokenizer(path)
-        model = InternLM2ForRewardModel.from_pretrained(path, torch_dtype=dtype)
+        model = InternLM2ForRewardModel.from_pretrained(path, torch_dtype=dtype, needs_head=True)
         self.model = model.to(self.device).eval()
         self.model.model.attention_backend = attention
         asked = 16384 if max_length is None else max_length

@@ -484,6 +484,56 @@ def test_without_a_head_it_starts_at_zero(tmp_path, tensors, dtype, low_cpu_mem_
     assert torch.equal(model.model.norm.weight, tensors["model.norm.weight"].to(dtype))
 
 
+def test_what_has_to_give_rewards_is_refused_without_a_head(tmp_path, tensors):
+    language_model = {name: t for name, t in tensors.items() if name != HEAD}
+    path = write_checkpoint(tmp_path / "base", language_model)
+    with pytest.raises(ValueError, match=f"base has no reward head \\({HEAD}\\)"):
+        InternLM2ForRewardModel.from_pretrained(path, needs_head=True)
+    path = write_checkpoint(tmp_path / "reward", tensors)
+    assert InternLM2ForRewardModel.from_pretrained(path, needs_head=True)
+
+
+@pytest.mark.parametrize("load", ["from_pretrained", "empty"])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**POLAR_CONFIG, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "gpt2"),
+        ({**POLAR_CONFIG, "model_type": "qwen2", "architectures": None}, "qwen2"),
+        ({}, "of model_type None, not internlm2"),
+        ([POLAR_CONFIG], "config.json must hold a JSON object"),
+        (None, "config.json must hold a JSON object"),
+        ("internlm2", "config.json must hold a JSON object"),
+    ],
+)
+def test_another_models_config_is_refused_by_name(tmp_path, monkeypatch, load, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.delattr(InternLM2ForRewardModel, "__init__")  # of 7 billion parameters
+    with pytest.raises(ValueError, match=message) as raised:
+        getattr(InternLM2ForRewardModel, load)(str(tmp_path))
+    assert str(raised.value).startswith(f"{tmp_path}/config.json ")
+
+
+def test_a_config_is_known_by_its_type_or_its_architecture(tmp_path):
+    for config in (
+        {**POLAR_CONFIG, "architectures": ["InternLM2ForCausalLM"]},
+        {**POLAR_CONFIG, "model_type": "polar"},
+        {name: value for name, value in POLAR_CONFIG.items() if name != "architectures"},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert InternLM2ForRewardModel.empty(str(tmp_path)).config.hidden_size == 32
+
+
+@pytest.mark.parametrize("form", ["safetensors", "sharded safetensors"])
+@pytest.mark.parametrize("left", [-1, 20, 0])
+def test_a_damaged_file_is_named(tmp_path, tensors, form, left):
+    path = write_checkpoint(tmp_path, tensors, form)
+    file = sorted(tmp_path.glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(ValueError) as raised:
+        InternLM2ForRewardModel.from_pretrained(path)
+    assert str(raised.value).startswith(f"{file} is damaged")
+
+
 def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path, tensors):
     path = write_checkpoint(tmp_path, {**tensors, "model.norm.weight": torch.ones(31)})
     with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):

@@ -146,6 +146,15 @@ def test_wrong_settings_are_refused(folder, options, message):
         PolarScorer(str(folder), device="cpu", **options)(GOOD)
 
 
+def test_a_language_model_gives_no_rewards(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "base")
+    weights = torch.load(folder / "pytorch_model.bin")
+    del weights["v_head.weight"]
+    torch.save(weights, tmp_path / "base" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"base has no reward head \(v_head\.weight\)"):
+        PolarScorer(str(tmp_path / "base"), device="cpu")
+
+
 def test_rewards_can_be_normalized(folder, scorer, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
