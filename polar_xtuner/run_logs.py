@@ -24,6 +24,11 @@ from numpy.typing import NDArray
 
 LOG = "vis_data/scalars.json"
 
+LARGEST = 1e300
+"""Figures beyond are infinite: a plot needs room for their differences and sums."""
+LAST_STEP = 2**53
+"""Of steps that a plot tells apart."""
+
 _NO_FIGURE = {"step", "iter", "epoch"}
 _OF_NO_VALIDATION = {"time", "data_time"}  # mmengine's, of a batch
 
@@ -34,7 +39,7 @@ class Curve:
 
     Attributes:
         steps: (N,) int64, iterations, rising.
-        values: (N,) float64; what was not finite is so here.
+        values: (N,) float64; what was not finite is so here, and what was beyond `LARGEST`.
     """
 
     steps: NDArray[np.int64]
@@ -112,12 +117,20 @@ def _lines(log: Path) -> Iterable[dict[str, Any]]:
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter of brackets in brackets, by thousands
             line = None
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        step = line.get("step") if isinstance(line, dict) else None
+        if isinstance(step, int) and abs(step) <= LAST_STEP:
             yield line
         elif number < len(lines):  # the last one may be half written
             raise ValueError(f"{log}:{number} is no log line of mmengine, which has a step")
+
+
+def _figure(value: float) -> float:
+    """The value, which may be an integer that no float holds."""
+    if abs(value) > LARGEST:
+        return math.inf if value > 0 else -math.inf
+    return float(value)
 
 
 def _begin(lines: Sequence[dict[str, Any]]) -> float:
@@ -137,7 +150,7 @@ class _Curves:
         self._values = {step: v for step, v in self._values.items() if step <= begin}
         for line in lines:
             figures = {
-                name: float(value)
+                name: _figure(value)
                 for name, value in line.items()
                 if name not in others and isinstance(value, (int, float))
             }

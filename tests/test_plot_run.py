@@ -72,6 +72,23 @@ def test_mistakes_are_told_in_a_line(
     assert not (work_dir / "index.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 130), (OSError("disk full"), "plot_run.py: disk full")],
+)
+def test_it_ends_without_a_traceback(
+    plot_run: ModuleType, work_dir: Path, monkeypatch: pytest.MonkeyPatch, error: Any, code: Any
+) -> None:
+    def fail(text: str) -> None:
+        raise error
+
+    monkeypatch.setattr(plot_run, "show", fail)
+    monkeypatch.setattr(sys, "argv", ["plot_run.py", str(work_dir), "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        plot_run.main()
+    assert stopped.value.code == code and (work_dir / "index.html").is_file()
+
+
 def test_pages_go_where_they_are_asked_for(
     plot_run: ModuleType, work_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

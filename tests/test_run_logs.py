@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_examples import write_start
 
+from polar_xtuner.report.runs import write_run_report
 from polar_xtuner.run_logs import Curve, read_run, read_runs
 
 STARTS = st.lists(
@@ -73,7 +75,8 @@ def test_a_line_that_is_being_written_is_left_out(
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     log = write_start(tmp_path, "20260101_000000", range(1, 4))
-    for broken in ("{", "[1]", '{"loss": 1}', "\x00\x00"):
+    huge = json.dumps({"iter": 1, "step": 2**63, "loss": 1})
+    for broken in ("{", "[1]", '{"loss": 1}', "\x00\x00", huge, "[" * 100_000, "9" * 5_000):
         lines = log.read_text().splitlines()
         lines[1] = broken
         log.write_text("\n".join(lines) + "\n")
@@ -102,6 +105,19 @@ def test_what_is_not_finite_is_kept(tmp_path: Path) -> None:
     training = read_run(tmp_path, "run").training
     assert math.isnan(training["loss"].values[0]) and training["margin"].values[0] == math.inf
     assert "note" not in training
+
+
+def test_what_no_plot_can_hold_is_infinite(tmp_path: Path) -> None:
+    log = write_start(tmp_path, "20260101_000000", [1])
+    values = (10**400, -(10**400), 1e308, -1e308, 1e300)
+    lines = (f'{{"loss": {value}, "iter": {i}, "step": {i}}}\n' for i, value in enumerate(values))
+    log.write_text("".join(lines))
+    run = read_run(tmp_path, "run")
+    inf = math.inf
+    assert run.training["loss"].values.tolist() == [inf, -inf, inf, -inf, 1e300]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(path.is_file() for path in write_run_report(tmp_path, [run], 0.5))
 
 
 def test_a_start_of_a_run_can_be_read_alone(tmp_path: Path) -> None:

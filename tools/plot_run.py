@@ -13,6 +13,7 @@ import math
 import sys
 from pathlib import Path
 
+from polar_xtuner.printing import show
 from polar_xtuner.run_logs import read_runs
 
 logger = logging.getLogger(__name__)
@@ -45,17 +46,19 @@ def main() -> None:
     try:
         runs = read_runs(args.work_dirs)
         page, picture = write_run_report(args.output or args.work_dirs[0], runs, args.smooth)
+        if args.json:
+            last = last_values(runs)
+            values = {
+                run.name: {name: _plain(of[i]) for name, of in last.items() if of[i] is not None}
+                for i, run in enumerate(runs)
+            }
+            show(json.dumps({"html": str(page), "png": str(picture), "runs": values}))
+        else:
+            logger.info("wrote %s and %s", page, picture)
     except (ValueError, OSError) as error:
         sys.exit(f"plot_run.py: {error}")
-    if args.json:
-        last = last_values(runs)
-        values = {
-            run.name: {name: _plain(of[i]) for name, of in last.items() if of[i] is not None}
-            for i, run in enumerate(runs)
-        }
-        print(json.dumps({"html": str(page), "png": str(picture), "runs": values}))
-    else:
-        logger.info("wrote %s and %s", page, picture)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _plain(value: float | None) -> float | None:
