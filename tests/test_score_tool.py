@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -418,3 +419,15 @@ def test_the_server_route_needs_no_torch(small: Path, through: list[object]) -> 
     assert result.returncode == 0, result.stderr
     assert len(printed(result)) == 1
     assert "on 1 pairs" in result.stderr
+
+
+def test_ctrl_c_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(args: Any) -> None:
+        raise KeyboardInterrupt
+
+    tool = runpy.run_path(str(ROOT / "tools" / "score.py"))["main"]
+    monkeypatch.setitem(tool.__globals__, "run", interrupt)
+    monkeypatch.setattr(sys, "argv", ["score.py", "model", "rows.jsonl"])
+    with pytest.raises(SystemExit) as stopped:
+        tool()
+    assert stopped.value.code == 130

@@ -210,6 +210,8 @@ def main() -> None:
         summary = run(args)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"score.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     if summary.errors:
         sys.stdout.flush()
         sys.exit(
