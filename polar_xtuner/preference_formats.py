@@ -17,9 +17,9 @@ Records stream. A file of references is put into a temporary database on disk, k
 from __future__ import annotations
 
 import json
-import math
 import re
 import sqlite3
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -66,17 +66,17 @@ class Format:
     """How a published data set is read.
 
     Attributes:
-        read: a record -> its answers; raises `FormatError`.
+        read: a record, and the field to rank by or None -> its answers; raises `FormatError`.
         own: the fields of the prompt and the answers, of which none is a reference.
         has_pairs: every record has two answers, so none is left to be the reference.
-        score: the field of the scores, None where they have no name.
+        has_scores: answers have several scores, by the names of their fields, to choose from.
         adjacent: records that follow each other and have the same prompt belong together.
     """
 
     read: Callable[[Raw, str | None], Answers]
     own: tuple[str, ...]
     has_pairs: bool
-    score: str | None = None
+    has_scores: bool = False
     adjacent: bool = False
 
 
@@ -117,9 +117,9 @@ def convert(
         raise ValueError(
             f"--reference {reference}: is the prompt or an answer of {format}: name another field"
         )
-    if score is not None and kind.score is None:
+    if score is not None and not kind.has_scores:
         raise ValueError(f"{format} has no scores to choose from: leave --score out")
-    return Conversion(files, format, reference_of(reference), pairs, score or kind.score)
+    return Conversion(files, format, reference_of(reference), pairs, score)
 
 
 class Conversion:
@@ -390,8 +390,12 @@ def _number(raw: Raw, name: str, place: str = "") -> float | None:
             value = float(value)
         except ValueError:
             raise FormatError(f"{place}{name}", f"must be a number, found {found(value)}") from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise FormatError(f"{place}{name}", f"must be a number, found {found(value)}")
+    if value != value:  # NaN, as pandas writes what is missing
+        return None
+    if abs(value) > sys.float_info.max:
+        raise FormatError(f"{place}{name}", f"must be a finite number, found {found(value)}")
     return float(value)
 
 
@@ -461,7 +465,7 @@ def _ultrafeedback(raw: Raw, score: str | None) -> Answers:
         place = f"completions[{number}]"
         if not isinstance(completion, dict):
             raise FormatError(place, f"must be an object, found {found(completion)}")
-        value = _number(completion, score or "", f"{place}.")
+        value = _number(completion, score or "overall_score", f"{place}.")
         response = completion.get("response")
         if not isinstance(response, str):
             raise FormatError(f"{place}.response", _wrong("a string", completion, "response"))
@@ -498,9 +502,11 @@ def _helpsteer(raw: Raw, score: str | None) -> Answers:
     """nvidia/HelpSteer and HelpSteer2: a record an answer, with `prompt`, `response` and scores,
     those of a prompt one after the other."""
     if "response_1" in raw:
+        if score is not None:
+            raise FormatError(score, "a preference has no scores to choose from: leave --score out")
         return _helpsteer_preference(raw)
     prompt, response = _helpsteer_prompt(raw), _string(raw, "response")
-    value = _number(raw, score or "")
+    value = _number(raw, score or "helpfulness")
     answers = [] if value is None else [Answer(response, value)]
     return Answers(prompt, answers, raw, 1 - len(answers))
 
@@ -625,9 +631,7 @@ def _ranked(raw: Raw, score: str | None) -> Answers:
 
 FORMATS = {
     "hh-rlhf": Format(_hh_rlhf, ("chosen", "rejected"), has_pairs=True),
-    "ultrafeedback": Format(
-        _ultrafeedback, ("instruction",), has_pairs=False, score="overall_score"
-    ),
+    "ultrafeedback": Format(_ultrafeedback, ("instruction",), has_pairs=False, has_scores=True),
     "ultrafeedback-binarized": Format(
         _ultrafeedback_binarized, ("prompt", "chosen", "rejected"), has_pairs=True
     ),
@@ -635,7 +639,7 @@ FORMATS = {
         _helpsteer,
         ("prompt", "response", "response_1", "response_2"),
         has_pairs=False,
-        score="helpfulness",
+        has_scores=True,
         adjacent=True,
     ),
     "alpaca-eval": Format(_alpaca_eval, ("instruction", "output_1", "output_2"), has_pairs=True),

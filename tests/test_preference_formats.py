@@ -332,6 +332,26 @@ def test_other_scores_can_be_ranked_by(tmp_path: Path) -> None:
     [read] = convert([file], "helpsteer", reference=refs, score="correctness")
     assert isinstance(read, dict)
     assert read["chosen"] == [assistant("5")]
+    for preferences, named in ((records[:2], "clarity"), (records[-1:], "helpfulness")):
+        lines(file, preferences)
+        bad = next(iter(convert([file], "helpsteer", reference=refs, score=named)))
+        assert isinstance(bad, BadRow)
+        assert bad.errors[0].field == named
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_score_that_is_not_a_number_is_as_good_as_none(ending: str, tmp_path: Path) -> None:
+    scores = [2.0, float("nan"), 1.0, None, 3.0]
+    records = [{"prompt": "p", "response": t, "helpfulness": s} for t, s in zip("abcde", scores)]
+    file = tmp_path / f"in.{ending}"
+    if ending == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(records), file)
+    else:
+        lines(file, records)
+    rows = convert([file], "helpsteer")
+    assert [*rows] == [row("p", "e", "a", "c", source="helpsteer")]
+    assert rows.dropped == {"answers without a score": 2}
 
 
 @pytest.mark.parametrize(
@@ -383,7 +403,9 @@ def test_other_scores_can_be_ranked_by(tmp_path: Path) -> None:
         ),
         ("ranked", {"prompt": "a", "responses": ["b", 7]}, "responses[1]"),
         ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1]}, "scores"),
-        ("ranked", {"prompt": "a", "responses": ["b"], "scores": [float("nan")]}, "scores[0]"),
+        ("ranked", {"prompt": "a", "responses": ["b"], "scores": [float("inf")]}, "scores[0]"),
+        ("ranked", {"prompt": "a", "responses": ["b"], "scores": [-(10**400)]}, "scores[0]"),
+        ("ranked", {"prompt": "a", "responses": ["b"], "scores": ["9" * 400]}, "scores[0]"),
         ("ranked", ["a"], "row"),
         ("ranked", {"prompt": "", "responses": [*"abc"]}, "prompt"),
     ],
