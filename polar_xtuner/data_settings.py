@@ -8,6 +8,8 @@ from __future__ import annotations
 from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks versions)
 
 import argparse
+import difflib
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +18,13 @@ from typing import Any, NamedTuple
 from mmengine.config import Config, ConfigDict, DictAction
 
 from polar_xtuner.data_result import Limits
+from polar_xtuner.dataset import PolarDataset, check_options, check_source, map_function
 from polar_xtuner.estimates import PUBLISHED, Training
 from polar_xtuner.packing import ModelShape
 from polar_xtuner.records import MapFn
 from polar_xtuner.tokenizer import local_folder
+
+_LENGTHS = ("max_length", "max_response_length")
 
 
 class DataSettings(NamedTuple):
@@ -50,7 +55,8 @@ def read_settings(
         zero: stage of DeepSpeed's ZeRO, None without DeepSpeed.
 
     Raises:
-        ValueError: the config is not one of these, or the model's shape cannot be had.
+        ValueError: the config is not one of these, its dataset would not take what it says, or the
+            model's shape cannot be had.
         OSError: there is no such file.
     """
     try:
@@ -69,31 +75,30 @@ def read_settings(
             f"{gpus} ranks cannot be divided into groups of sequence_parallel_size={size}"
         )
     shape, vocab_size = model_shape(_named(llm, path, "model.llm.pretrained_model_name_or_path"))
-    max_packed_length = data.get("max_packed_length", 32768)
+    tokenizer = _named(data, path, "train_dataloader.dataset.tokenizer")
+    options = _options(data, path)
+    max_packed_length = options["max_packed_length"]
     lora = cfg.model.get("lora")
     return DataSettings(
-        data_files=data.get("data_files"),
-        tokenizer=_named(data, path, "train_dataloader.dataset.tokenizer"),
+        data_files=options["data_files"],
+        tokenizer=tokenizer,
         template={
-            "max_length": data.get("max_length", 16384),
-            "max_response_length": data.get("max_response_length", 4096),
-            "separator_token_id": data.get("separator_token_id"),
-            "reward_token_id": data.get("reward_token_id"),
+            name: options[name] for name in (*_LENGTHS, "separator_token_id", "reward_token_id")
         },
         limits=Limits(
             config=path,
-            max_length=data.get("max_length", 16384),
-            max_response_length=data.get("max_response_length", 4096),
+            max_length=options["max_length"],
+            max_response_length=options["max_response_length"],
             max_packed_length=max_packed_length,
             accumulative_counts=sampler.get("accumulative_counts", 1),
             pairs_per_step=sampler.get("pairs_per_step"),
             ranks=gpus // size,
-            on_bad_row=data.get("on_bad_row", "error"),
-            on_long_group=data.get("on_long_group", "error"),
+            on_bad_row=options["on_bad_row"],
+            on_long_group=options["on_long_group"],
         ),
-        map_fn=_map_fn(data),
-        group_candidates=data.get("group_candidates", True),
-        num_proc=data.get("num_proc"),
+        map_fn=map_function(options["dataset_map_fn"]),
+        group_candidates=options["group_candidates"],
+        num_proc=options["num_proc"],
         seed=cfg.get("randomness", {}).get("seed") or 0,
         training=Training(
             shape=shape,
@@ -156,10 +161,27 @@ def _named(part: ConfigDict, path: str, name: str) -> Any:
     return value
 
 
-def _map_fn(data: ConfigDict) -> MapFn | None:
-    from polar_xtuner.dataset import map_function
-
-    return map_function(data.get("dataset_map_fn"))
+def _options(data: ConfigDict, path: str) -> dict[str, Any]:
+    """All arguments of the dataset by name, with those that the config leaves out."""
+    known = inspect.signature(PolarDataset).parameters
+    given = {name: value for name, value in data.items() if name != "type"}
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"{path}: PolarDataset has no argument {name!r}"
+                + (f": is {close[0]} meant?" if close else f", only {', '.join(known)}")
+            )
+    options = {name: given.get(name, known[name].default) for name in known}
+    if options["data_files"] is not None:  # else rows are given beside the config
+        check_source(options["data_files"], options["dataset"])
+    check_options(
+        options["on_bad_row"],
+        options["on_long_group"],
+        options["num_proc"],
+        **{name: options[name] for name in (*_LENGTHS, "max_packed_length")},
+    )
+    return options
 
 
 def _parsed(options: Sequence[str]) -> dict[str, Any]:

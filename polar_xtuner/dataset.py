@@ -91,13 +91,15 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
         num_proc: int | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        if (data_files is None) == (dataset is None):
-            raise ValueError("give the dataset either data_files= or dataset=, and not both")
-        if on_long_group not in ("error", "skip"):
-            raise ValueError(f"on_long_group must be 'error' or 'skip', got {on_long_group!r}")
-        RowCheck(on_bad_row)
-        if num_proc is not None and (type(num_proc) is not int or num_proc < 1):
-            raise ValueError(f"num_proc must be None or a whole number >= 1, got {num_proc!r}")
+        check_source(data_files, dataset)
+        check_options(
+            on_bad_row,
+            on_long_group,
+            num_proc,
+            max_length=max_length,
+            max_response_length=max_response_length,
+            max_packed_length=max_packed_length,
+        )
         self.max_packed_length = max_packed_length
         template = PolarTemplate(
             _built(tokenizer),
@@ -260,15 +262,7 @@ class PolarDataset(Dataset):  # type: ignore[type-arg]
 
 class _FileRows:
     def __init__(self, data_files: Any, map_fn: Callable[..., Any] | None) -> None:
-        sets = _sets(data_files) if isinstance(data_files, Mapping) else {"": data_files}
-        found = [(file, name) for name, files in sets.items() for file in find_files(files)]
-        twice = [file for file, times in Counter(file for file, _ in found).items() if times > 1]
-        if twice or not found:
-            raise ValueError(
-                f"data_files: {twice[0]} is in two sets: name it once"
-                if twice
-                else "data_files is an empty dict: name a set of files, or give None"
-            )
+        found = find_sets(data_files)
         self._files = [file for file, _ in found]
         self._map_fn = map_fn
         self.names = [str(file) for file in self._files]
@@ -313,6 +307,41 @@ class _HFRows:
 
     def rows(self, of_set: str | None = None) -> Iterator[Row | BadRow]:
         return map_rows(self._dataset, self.names[0], self._map_fn)
+
+
+def check_source(data_files: Any, dataset: Any) -> None:
+    """Raises ValueError unless exactly one of the two is given."""
+    if (data_files is None) == (dataset is None):
+        raise ValueError("give the dataset either data_files= or dataset=, and not both")
+
+
+def check_options(on_bad_row: Any, on_long_group: Any, num_proc: Any, **lengths: Any) -> None:
+    """Raises ValueError for what `PolarDataset` cannot be given, whatever its rows."""
+    if on_long_group not in ("error", "skip"):
+        raise ValueError(f"on_long_group must be 'error' or 'skip', got {on_long_group!r}")
+    RowCheck(on_bad_row)
+    if num_proc is not None and (type(num_proc) is not int or num_proc < 1):
+        raise ValueError(f"num_proc must be None or a whole number >= 1, got {num_proc!r}")
+    for name, length in lengths.items():
+        if type(length) is not int or length < 1:
+            raise ValueError(f"{name} must be a whole number >= 1, got {length!r}")
+
+
+def find_sets(data_files: Any) -> list[tuple[Path, str]]:
+    """Every file that `data_files` names, with the name of its set, "" if that has none.
+
+    Raises:
+        ValueError: a file is in two sets, or a set cannot be one.
+        FileNotFoundError: see `find_files`.
+    """
+    sets = _sets(data_files) if isinstance(data_files, Mapping) else {"": data_files}
+    found = [(file, name) for name, files in sets.items() for file in find_files(files)]
+    twice = [file for file, times in Counter(file for file, _ in found).items() if times > 1]
+    if twice:
+        raise ValueError(f"data_files: {twice[0]} is in two sets: name it once")
+    if not found:
+        raise ValueError("data_files is an empty dict: name a set of files, or give None")
+    return found
 
 
 def _sets(data_files: Mapping[Any, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -586,6 +587,48 @@ def test_configs_of_something_else_are_refused(
     assert str(raised.value).startswith(f"check_data.py: {file} ")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data_files": {"x": "rows.jsonl", "y": ["rows.jsonl"]}}, "rows.jsonl is in two sets"),
+        ({"data_files": {}}, "data_files is an empty dict"),
+        ({"dataset": {"type": "x"}}, "either data_files= or dataset=, and not both"),
+        ({"on_bad_row": "drop"}, "on_bad_row='drop'"),
+        ({"on_long_group": "drop"}, "on_long_group must be 'error' or 'skip', got 'drop'"),
+        ({"num_proc": 0}, "num_proc must be None or a whole number"),
+        ({"max_packed_length": "900"}, "max_packed_length must be a whole number >= 1, got '900'"),
+        ({"max_length": 900.5}, "max_length must be a whole number >= 1, got 900.5"),
+        ({"max_lenght": 900}, "max_lenght"),
+    ],
+)
+def test_what_training_says_of_its_options_is_said_of_the_config(
+    options: Raw,
+    message: str,
+    small_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tool: Any,
+) -> None:
+    from polar_xtuner.dataset import PolarDataset
+
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(json.dumps(ONE))
+    options = {"data_files": "rows.jsonl", **options}
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        PolarDataset(load_tokenizer(small_checkpoint), cache_dir="cache", **options)
+    options = {"_delete_": True, "type": "PolarDataset", "tokenizer": {}, **options}
+    Path("config.py").write_text(
+        f"_base_ = {str(ROOT / 'configs' / 'polar_7b.py')!r}\n"
+        f"train_dataloader = dict(dataset={options!r})\n"
+    )
+    command = ["check_data.py", "--config", "config.py", "--tokenizer", str(small_checkpoint)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as raised:
+        tool.main()
+    assert str(raised.value).startswith("check_data.py: ")
+    assert message in str(raised.value)
 
 
 @pytest.fixture(scope="module")

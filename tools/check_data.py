@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> DataResult:
         from xtuner.registry import BUILDER
 
         from polar_xtuner.data_settings import read_settings
+        from polar_xtuner.dataset import find_sets
     except ImportError as error:
         raise ValueError(
             f"--config needs what training needs, {error.name or error} is missing: pip install "
@@ -97,7 +98,9 @@ def run(args: argparse.Namespace) -> DataResult:
         ) from error
     peak = peak_of(args)
     settings = read_settings(args.config, args.cfg_options, gpus=args.ranks, zero=args.zero)
-    files = find_files(args.files or data_files_of(settings.data_files))
+    if not args.files and settings.data_files is None:
+        raise ValueError("the config names no data_files: give a FILE")
+    files = [file for file, _ in find_sets(args.files or settings.data_files)]
     tokenizer = (
         BUILDER.build(settings.tokenizer)
         if args.tokenizer is None
@@ -115,17 +118,6 @@ def run(args: argparse.Namespace) -> DataResult:
         training=settings.training,
         peak=peak,
     )
-
-
-def data_files_of(named: Any) -> Any:
-    """What a config's data_files name; the sets of a dict together."""
-    if named is None:
-        raise ValueError("the config names no data_files: give a FILE")
-    if not isinstance(named, dict):
-        return named
-    return [
-        file for files in named.values() for file in ([files] if isinstance(files, str) else files)
-    ]
 
 
 def shown(result: DataResult) -> str:
