@@ -10,7 +10,6 @@ Candidates with equal rewards are in no order: every figure is its mean over all
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -21,6 +20,8 @@ from polar_xtuner.evaluation import Floats, wilson_interval
 from polar_xtuner.records import BadRow, Row, RowError
 
 LABELS = "labels"
+LARGEST = 1e300
+"""Of labels, whose sums and differences have to be finite too."""
 
 ROW_FIGURES = (
     *("label_of_top", "label_mean", "label_best"),
@@ -54,11 +55,11 @@ def _problems(row: Row) -> list[Problem]:
     if not isinstance(labels, list):
         return [(LABELS, f"must be a list of numbers, found {found(labels)}")]
     problems = [
-        (f"{LABELS}[{i}]", f"must be a finite number, found {found(label)}")
+        (f"{LABELS}[{i}]", f"must be a number up to {LARGEST:g} in size, found {found(label)}")
         for i, label in enumerate(labels)
         if isinstance(label, bool)
         or not isinstance(label, (int, float))
-        or not abs(label) <= sys.float_info.max  # which NaN is not
+        or not abs(label) <= LARGEST  # which NaN is not
     ]
     if len(labels) != count:
         problems.append((LABELS, f"must be {count}, one for each output, found {len(labels)}"))

@@ -12,7 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polar_xtuner.best_of_n import best_of_n_figures, best_of_n_rows, check_labels, labels_of
+from polar_xtuner.best_of_n import (
+    LARGEST,
+    best_of_n_figures,
+    best_of_n_rows,
+    check_labels,
+    labels_of,
+)
 from polar_xtuner.evaluation import wilson_interval
 from polar_xtuner.records import BadRow, Row, map_rows
 
@@ -137,7 +143,12 @@ def test_labels_go_with_outputs() -> None:
         (["a", "b"], None, ["labels: is missing"]),
         (["a", "b"], 3, ["labels: must be a list of numbers, found int 3"]),
         (["a", "b"], [1], ["labels: must be 2, one for each output, found 1"]),
-        (["a", "b"], [1, True], ["labels[1]: must be a finite number, found bool True"]),
+        (
+            ["a", "b"],
+            [1, True],
+            ["labels[1]: must be a number up to 1e+300 in size, found bool True"],
+        ),
+        (["a", "b"], [1.1e300, -1.1e300], ["labels[0]: must be", "labels[1]: must be"]),
         (["a", "b"], [math.nan, 10**400], ["labels[0]: must be", "labels[1]: must be"]),
         (["a", "b"], ["1", None], ["labels[0]: must be", "labels[1]: must be"]),
         ("a", [1], ["output: must be several candidates"]),
@@ -150,6 +161,13 @@ def test_bad_labels_are_named_by_field(output: Any, labels: Any, errors: list[st
     for error, start in zip(row.errors, errors, strict=True):
         assert (error.file, error.line) == ("rows", 1)
         assert f"{error.field}: {error.problem}".startswith(start)
+
+
+def test_the_largest_labels_have_figures() -> None:
+    labels = [LARGEST, -LARGEST, 0]
+    assert isinstance(checked(output=["a", "b", "c"], labels=labels), Row)
+    figures = best_of_n_figures([[1, 2, 3], [3, 2, 1]], [labels, labels])
+    assert all(map(math.isfinite, figures.values()))
 
 
 def test_a_row_with_neither_pair_nor_output_is_bad() -> None:
