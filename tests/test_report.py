@@ -16,12 +16,12 @@ import report_examples as examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polar_xtuner.model_evaluation import Evaluation, evaluate_model
+from polar_xtuner.model_evaluation import Evaluation, compare_models, evaluate_model
 from polar_xtuner.records import Row
 from polar_xtuner.report import page, write_data_report, write_evaluation_report
 from polar_xtuner.report.evaluation import WORST, worst_pairs
 from polar_xtuner.report.plots import LIGHT
-from polar_xtuner.report.text import ending, short, visible
+from polar_xtuner.report.text import ending, ends, short, visible
 from polar_xtuner.rewards import Scored
 
 ANY_TEXT = st.text(st.characters())  # lone surrogates too
@@ -103,11 +103,24 @@ def test_piled_up_marks_are_counted() -> None:
 
 @given(ANY_TEXT, st.integers(2, 30))
 def test_names_are_shortened_to_one_line(text: str, length: int) -> None:
-    for shortened in (short(text, length), ending(text, length)):
+    for shortened in (short(text, length), ending(text, length), ends(text, length)):
         assert len(shortened) <= length and "\n" not in shortened
     line = " ".join(visible(text).split())
     if len(line) <= length:
-        assert short(text, length) == ending(text, length) == line
+        assert short(text, length) == ending(text, length) == ends(text, length) == line
+
+
+def test_names_that_differ_at_either_end_stay_apart() -> None:
+    assert ends("dataset/a_long_subset/a", 17) == "datas…ng_subset/a"
+    assert ends("dataset/a_long_subset/b", 17) == "datas…ng_subset/b"
+    assert ends("one of the datasets", 17) != ends("two of the datasets", 17)
+    assert ends("e\u0301" * 20, 17) == "e\u0301" * 2 + "…" + "e\u0301" * 5
+
+
+def test_sources_of_a_plot_are_told_apart(tmp_path: Path) -> None:
+    rows = [pair(i, f"dataset/a_long_subset/{'ab'[i % 2]}") for i in range(4)]
+    text = words(write_evaluation_report(tmp_path, of_rewards(rows, [1, 0] * 4)))
+    assert "datas…ng_subset/a" in text and "datas…ng_subset/b" in text
 
 
 @given(st.lists(st.text("ab ", max_size=300), max_size=30))
@@ -246,6 +259,27 @@ def test_rows_with_labels_alone_make_a_page(tmp_path: Path) -> None:
     text = words(write_evaluation_report(tmp_path, of_rewards(rows, [1, 0, 1, 0, 1, 0, 0, 1])))
     assert "4 rows with 8 candidates" in text and "0.750" in text
     assert "Lowest margins" not in text and "Calibration" not in text
+
+
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("kind", ["pairs", "labels"])
+def test_a_page_explains_what_it_shows(tmp_path: Path, kind: str, models: int) -> None:
+    rows = [pair(i) for i in range(4)]
+    if kind == "labels":
+        of_outputs = {"outputs": ("a", "b"), "extra": {"labels": [1, 0]}}
+        rows = [replace(row, chosen=(), rejected=(), **of_outputs) for row in rows]
+    one = of_rewards(rows, [1, 0, 1, 0, 1, 0, 0, 1])
+    other = replace(one.models[0], name="other")
+    compared = [compare_models(one.models[0], other)]
+    results = replace(one, models=[one.models[0], other], comparisons=compared)
+    page = write_evaluation_report(tmp_path, one if models == 1 else results)
+    content = page.read_text(encoding="utf-8")
+    explained = re.findall("<dt>(.*?)</dt>", content)
+    of_pairs = ["accuracy", "margin", "loss", "calibration error (ECE)", "temperature"]
+    of_pairs += ["McNemar p"] if models == 2 else []
+    assert explained == (of_pairs if kind == "pairs" else ["top one is best", "NDCG"])
+    shown = kind == "pairs" and models == 2
+    assert (">Models</h2>" in content) is (">Models</a>" in content) is shown
 
 
 def test_best_of_n_is_told_by_file_too(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
-from polar_xtuner.report.text import ending, short
+from polar_xtuner.report.text import ending, ends, short
 
 WIDTH, HEIGHT = 352, 240
 """CSS pixels."""
@@ -382,7 +382,7 @@ def shares(
             colour = LIGHT[each.key.colour]
             axes.hlines(y, each.lows, each.highs, color=colour, linewidth=1.8)
             axes.plot(each.values, y, "osD^"[i % 4], color=colour, markersize=5.5)
-        axes.set_yticks(at, [short(name, 17) for name in names], color=LIGHT["ink"])
+        axes.set_yticks(at, [ends(name, 17) for name in names], color=LIGHT["ink"])
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(False, axis="y")
         low = min((low for each in series for low in each.lows if np.isfinite(low)), default=0.0)

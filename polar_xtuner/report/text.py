@@ -46,3 +46,18 @@ def ending(text: str, length: int) -> str:
     """`short`, of which the end is left: of a path, what tells it from others."""
     line = " ".join(visible(text).split())
     return line if len(line) <= length else "…" + line[len(line) - length + 1 :].lstrip()
+
+
+def ends(text: str, length: int) -> str:
+    """`short`, of which a third at the start and the end are left: what tells names apart may stand
+    in either."""
+    line = " ".join(visible(text).split())
+    if len(line) <= length:
+        return line
+    start = (length - 1) // 3
+    end = len(line) - (length - 1 - start)
+    while start and unicodedata.combining(line[start]):  # keep a letter with its marks
+        start -= 1
+    while end < len(line) and unicodedata.combining(line[end]):
+        end += 1
+    return f"{line[:start].rstrip()}…{line[end:].lstrip()}"
