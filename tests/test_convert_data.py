@@ -144,6 +144,7 @@ def test_the_tool_says_what_it_wrote_and_what_is_bad(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert f"{file}:2: reference: is missing" in result.stderr
+    assert result.stderr.endswith("leave them out with --on-bad-row skip.\n")
     assert not out.exists()
     command += ["--on-bad-row", "skip", "--ability", "a", "--split", "s"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -152,6 +153,14 @@ def test_the_tool_says_what_it_wrote_and_what_is_bad(tmp_path: Path) -> None:
     [row] = read_table(out).to_pylist()
     assert (row["data_source"], row["ability"]) == ("d", "a")
     assert row["extra_info"]["split"] == "s"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [*command, "--json"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert result.returncode == 1
+    told = result.stderr.splitlines()
+    assert told[-1].startswith("convert_data.py: [Errno 28]")
+    assert not [line for line in told if "Traceback" in line or "ignored" in line]
 
 
 def test_no_row_is_an_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -157,4 +158,28 @@ def test_the_tool_writes_rows_that_training_reads(ending: str, tmp_path: Path) -
     failed = subprocess.run([*tool, "--output", str(out)], capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.startswith("make_policy_pairs.py: there is no row to write")
+    assert len([*read_rows([out])]) == 10
+
+
+def test_the_tool_counts_bad_trajectories_and_ends_quietly_where_no_one_reads(
+    tmp_path: Path,
+) -> None:
+    file, out = tmp_path / "t.jsonl", tmp_path / "out.jsonl"
+    trajectories = [t._asdict() for t in some(5, {"A": 2, "B": 2})]
+    file.write_text("".join(json.dumps(t) + "\n" for t in [*trajectories, {"prompt": "p"}]))
+    tool = [sys.executable, str(ROOT / "tools" / "make_policy_pairs.py"), str(file)]
+    tool += ["--output", str(out)]
+    failed = subprocess.run(tool, capture_output=True, text=True)
+    assert failed.stderr.endswith("leave them out with --on-bad-row skip.\n")
+    tool += ["--on-bad-row", "skip"]
+    done = subprocess.run([*tool, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["bad_rows"] == 1
+    out.unlink()
+    unread, stdout = os.pipe()
+    os.close(unread)
+    quiet = subprocess.run(tool, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    os.close(stdout)
+    assert quiet.returncode == 0
+    assert quiet.stderr.startswith("Bad rows are left out: 1 of 21 rows")
+    assert "Error" not in quiet.stderr
     assert len([*read_rows([out])]) == 10

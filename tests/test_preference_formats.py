@@ -550,12 +550,24 @@ def test_the_tool_tells_rows_and_what_was_left_out(
     file, out = lines(tmp_path / "in.jsonl", CASES["ranked"][0]), tmp_path / "out.jsonl"
     run(file, "--from", "ranked", "--output", out, "--json")
     told = json.loads(capsys.readouterr().out)
-    assert told == {"rows": 2, "output": str(out), "dropped": CASES["ranked"][3]}
+    assert told == {
+        "rows": 2,
+        "output": str(out),
+        "bad_rows": 0,
+        "dropped": CASES["ranked"][3],
+    }
     run(file, "--from", "ranked", "--output", out)
     assert "left out: 2 prompts with fewer than three" in capsys.readouterr().out
     wrong = lines(tmp_path / "wrong.jsonl", [{"prompt": "p"}])
+    mixed = ["--from", "ranked", "--on-bad-row", "skip", "--json"]
+    run(file, wrong, *mixed, "--output", out)
+    assert json.loads(capsys.readouterr().out)["bad_rows"] == 1
     for arguments, message in (
-        ([wrong, "--from", "ranked"], f"{wrong}:1: responses: is missing"),
+        (
+            [wrong, "--from", "ranked"],
+            rf"{wrong}:1: responses: is missing\n.* --on-bad-row skip\.$",
+        ),
+        ([file, "--from", "ranked", "--reference", "file:no.jsonl"], "--reference file:no.jsonl: "),
         ([file, "--from", "trl"], "is named|Name one"),
         ([file, "--from", "ranked", "--score", "x"], "has no scores"),
         ([file, "--from", "ranked", "--reference", "worst"], "must be best, field:NAME"),

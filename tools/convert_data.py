@@ -13,7 +13,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from polar_xtuner.integrations.verl_data import read_prompts, write_verl_parquet
 from polar_xtuner.preference_formats import FORMATS, PAIRS, convert, describe, reference_files
-from polar_xtuner.records import find_files
+from polar_xtuner.printing import show
+from polar_xtuner.records import BadRowsError, RowCheck, find_files
 from polar_xtuner.row_files import check_output, write_rows
 
 ONLY_FROM = ("reference", "pairs", "score")
@@ -38,14 +39,14 @@ def from_format(args: argparse.Namespace) -> dict[str, Any]:
         pairs=args.pairs or "paper",
         score=args.score,
     )
+    check = RowCheck(args.on_bad_row)
     written = write_rows(
-        with_bar(rows),
+        check.accept(with_bar(rows)),
         args.output,
-        on_bad_row=args.on_bad_row,
         several=args.pairs == "all",
         empty=rows.empty,
     )
-    return {"rows": written, "output": str(args.output), "dropped": dict(rows.dropped)}
+    return result(args, written, check, rows.dropped)
 
 
 def with_bar(rows: Iterable[Any]) -> Iterator[Any]:
@@ -55,15 +56,32 @@ def with_bar(rows: Iterable[Any]) -> Iterator[Any]:
 def to_verl(args: argparse.Namespace) -> dict[str, Any]:
     files = find_files(args.files)
     check_output(args.output, files, (".parquet",))
+    check = RowCheck(args.on_bad_row)
     written = write_verl_parquet(
-        read_prompts(files),
+        check.accept(read_prompts(files)),
         args.output,
         args.data_source or "polar",
         args.ability or "general",
         args.split or "train",
-        args.on_bad_row,
     )
-    return {"rows": written, "output": str(args.output), "dropped": {}}
+    return result(args, written, check, {})
+
+
+def result(
+    args: argparse.Namespace, written: int, check: RowCheck, dropped: Mapping[str, int]
+) -> dict[str, Any]:
+    return {
+        "rows": written,
+        "output": str(args.output),
+        "bad_rows": check.bad,
+        "dropped": dict(dropped),
+    }
+
+
+def shown(done: dict[str, Any]) -> str:
+    """The result for people; bad rows have been logged."""
+    left_out = [f"left out: {count} {reason}" for reason, count in done["dropped"].items()]
+    return "\n".join([f"{done['rows']} rows in {done['output']}", *left_out])
 
 
 def main() -> None:
@@ -99,14 +117,12 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')} has no meaning with {way_taken}")
     try:
         done = to_verl(args) if args.to else from_format(args)
+        show(json.dumps(done) if args.json else shown(done))
+    except BadRowsError as error:
+        advice = "Fix them, or leave them out with --on-bad-row skip."
+        sys.exit(f"convert_data.py: {error.report()}\n{advice}")
     except (ValueError, OSError) as error:
         sys.exit(f"convert_data.py: {error}")
-    if args.json:
-        print(json.dumps(done))
-        return
-    print(f"{done['rows']} rows in {done['output']}")
-    for reason, count in done["dropped"].items():
-        print(f"left out: {count} {reason}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from polar_xtuner.policy_pairs import EXTRA, PolicyPairs, read_trajectories
-from polar_xtuner.records import WRAPPERS, RowCheck, find_files
+from polar_xtuner.printing import show
+from polar_xtuner.records import WRAPPERS, BadRowsError, RowCheck, find_files
 from polar_xtuner.row_files import check_output, write_rows
 
 
@@ -26,8 +27,9 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
     files = find_files(args.files)
     check_output(args.output, files)
     pairs = PolicyPairs(args.wrapper, args.seed)
+    check = RowCheck(args.on_bad_row)
     trajectories = tqdm(
-        RowCheck(args.on_bad_row).accept(read_trajectories(files)),
+        check.accept(read_trajectories(files)),
         "Reading",
         unit=" trajectories",
         delay=1,
@@ -35,7 +37,18 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
     )
     rows = pairs.rows(trajectories)
     written = write_rows(rows, args.output, names=EXTRA, empty=pairs.empty)
-    return {"rows": written, "output": str(args.output), **pairs.figures()}
+    return {"rows": written, "output": str(args.output), "bad_rows": check.bad, **pairs.figures()}
+
+
+def shown(done: dict[str, Any]) -> str:
+    """The result for people; bad rows have been logged."""
+    lines = [f"{done['rows']} rows in {done['output']}"]
+    for name, times in done["policies"].items():
+        lines.append(
+            f"policy {name}: chosen {times['same']} times, rejected {times['rejected']} times"
+        )
+    lines += [f"left out: {count} {reason}" for reason, count in done["dropped"].items()]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -52,16 +65,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         done = make(args)
+        show(json.dumps(done) if args.json else shown(done))
+    except BadRowsError as error:
+        advice = "Fix them, or leave them out with --on-bad-row skip."
+        sys.exit(f"make_policy_pairs.py: {error.report()}\n{advice}")
     except (ValueError, OSError) as error:
         sys.exit(f"make_policy_pairs.py: {error}")
-    if args.json:
-        print(json.dumps(done))
-        return
-    print(f"{done['rows']} rows in {done['output']}")
-    for name, times in done["policies"].items():
-        print(f"policy {name}: chosen {times['same']} times, rejected {times['rejected']} times")
-    for reason, count in done["dropped"].items():
-        print(f"left out: {count} {reason}")
 
 
 if __name__ == "__main__":
