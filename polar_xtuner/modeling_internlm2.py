@@ -145,8 +145,9 @@ class InternLM2Config(PretrainedConfig):
             fields, unused = super().get_config_dict(path, **kwargs)
         except TypeError:  # transformers' where it puts a field into a list or number
             raise ValueError(f"{path}/config.json must hold a JSON object") from None
-        kind, classes = fields.get("model_type"), fields.get("architectures") or []
-        if kind != cls.model_type and "InternLM2ForRewardModel" not in classes:
+        kind = fields.get("model_type")
+        is_published = fields.get("architectures") == ["InternLM2ForRewardModel"]
+        if kind != cls.model_type and not is_published:
             raise ValueError(
                 f"{path}/config.json is of model_type {kind}, not {cls.model_type}: a POLAR model, "
                 "or an InternLM2 model to start from, is needed"

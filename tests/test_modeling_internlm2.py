@@ -499,6 +499,7 @@ def test_what_has_to_give_rewards_is_refused_without_a_head(tmp_path, tensors):
     [
         ({**POLAR_CONFIG, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "gpt2"),
         ({**POLAR_CONFIG, "model_type": "qwen2", "architectures": None}, "qwen2"),
+        ({"architectures": 3}, "of model_type None, not internlm2"),
         ({}, "of model_type None, not internlm2"),
         ([POLAR_CONFIG], "config.json must hold a JSON object"),
         (None, "config.json must hold a JSON object"),
