@@ -465,13 +465,17 @@ def test_statistics_are_numpys_and_bins_double() -> None:
 # The tool
 
 
-def run_without_training(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The tool where nothing is installed that only training needs."""
-    for name in ("torch", "transformers", "xtuner", "mmengine", "datasets"):
+def run_without_training(
+    folder: Path, *arguments: object, stdout: int = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
+    """The tool where nothing is installed that only training or evaluation needs."""
+    for name in ("torch", "transformers", "xtuner", "mmengine", "datasets", "scipy"):
         (folder / f"{name}.py").write_text(f"raise ImportError('{name} is not there')")
     command = [sys.executable, ROOT / "tools" / "check_data.py", *arguments]
     env = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env)
+    return subprocess.run(
+        [str(c) for c in command], stdout=stdout, stderr=subprocess.PIPE, text=True, env=env
+    )
 
 
 def test_the_tool_says_all_in_json_and_the_first_to_people(
@@ -499,6 +503,97 @@ def test_the_tool_says_all_in_json_and_the_first_to_people(
     assert "and 5 more" in result.stdout
     result = run_without_training(tmp_path, file, "--config", ROOT / "configs" / "polar_7b.py")
     assert result.stderr.startswith("check_data.py: --config needs what training needs")
+
+
+def test_an_output_that_is_closed_or_full_ends_without_a_traceback(
+    small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """And with everything written."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ONE))
+    command = (file, "--tokenizer", small_checkpoint, "--report", tmp_path / "page")
+    reads, writes = os.pipe()
+    os.close(reads)
+    closed = run_without_training(tmp_path, *command, stdout=writes)
+    os.close(writes)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    assert (tmp_path / "page" / "index.html").is_file()
+    with open("/dev/full", "w") as full:
+        result = run_without_training(tmp_path, *command, stdout=full.fileno())
+    assert result.returncode == 1
+    assert result.stderr == "check_data.py: [Errno 28] No space left on device\n"
+
+
+def test_an_interrupted_check_says_nothing_more(
+    monkeypatch: pytest.MonkeyPatch, tool: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["check_data.py", "rows.jsonl"])
+    with pytest.raises(SystemExit) as raised:
+        tool.main()
+    assert raised.value.code == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_report_lacks_is_said_before_the_rows_are_read(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: Any
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ONE))
+    monkeypatch.setattr(tool, "survey", lambda *_, **__: pytest.fail("rows are read"))
+
+    def told(report: Path) -> str:
+        command = ["check_data.py", file, "--tokenizer", small_checkpoint, "--report", report]
+        monkeypatch.setattr(sys, "argv", [str(c) for c in command])
+        with pytest.raises(SystemExit) as raised:
+            tool.main()
+        return str(raised.value)
+
+    assert told(file) == f"check_data.py: --report {file}: cannot be written to: File exists"
+    below = file / "page"
+    assert told(below) == f"check_data.py: --report {below}: cannot be written to: Not a directory"
+    for name in ("plots", "data"):
+        monkeypatch.delitem(sys.modules, f"polar_xtuner.report.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    expected = "check_data.py: --report needs matplotlib: pip install 'polar_xtuner[eval]'"
+    assert told(tmp_path / "page") == expected
+
+
+@pytest.mark.parametrize("config", ["x", "{}", '{"tokenizer_class": "BertTokenizer"}'])
+def test_a_tokenizer_that_transformers_cannot_make_is_named(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: Any
+) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ONE))
+    command = ["check_data.py", f"{tmp_path}/rows.jsonl", "--tokenizer", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as raised:
+        tool.main()
+    assert str(raised.value).startswith(f"check_data.py: --tokenizer {tmp_path}: ")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_base_without_polars_tokens_is_told_of_settings_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: Any
+) -> None:
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    monkeypatch.setattr(
+        tool, "open_tokenizer", lambda _: Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    )
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ONE))
+    monkeypatch.setattr(sys, "argv", ["check_data.py", str(file), "--tokenizer", "base"])
+    with pytest.raises(SystemExit) as raised:
+        tool.main()
+    assert str(raised.value).startswith(
+        "check_data.py: --tokenizer base: the tokenizer has no token"
+    )
+    assert "a --config" in str(raised.value)
 
 
 def test_a_config_gives_the_limits_and_a_gpu_the_time(

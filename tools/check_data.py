@@ -15,7 +15,10 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -42,7 +45,14 @@ def open_tokenizer(path: str) -> Any:
         from transformers import AutoTokenizer
     except ImportError:
         return load_tokenizer(folder)  # says what is missing
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever the files of a folder raise
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise ValueError(
+            f"--tokenizer {path}: has only {CONFIG}, of which transformers makes no tokenizer "
+            f"({type(error).__name__}: {reason}): give the folder or hub name of the base"
+        ) from error
 
 
 def peak_of(args: argparse.Namespace) -> Peak:
@@ -80,12 +90,13 @@ def run(args: argparse.Namespace) -> DataResult:
             "max_length": limits.max_length,
             "max_response_length": limits.max_response_length,
         }
-        return survey(
-            files,
-            PolarTemplate(tokenizer, **lengths),
-            special_strings(tokenizer),
-            limits,
-        )
+        try:
+            template = PolarTemplate(tokenizer, **lengths)
+        except ValueError as error:
+            raise ValueError(
+                f"--tokenizer {args.tokenizer}: {error} (settings are given by a --config)"
+            ) from error
+        return survey(files, template, special_strings(tokenizer), limits)
     try:
         from xtuner.registry import BUILDER
 
@@ -118,6 +129,33 @@ def run(args: argparse.Namespace) -> DataResult:
         training=settings.training,
         peak=peak,
     )
+
+
+def report_writer(folder: Path) -> Callable[[Path, DataResult], Path]:
+    """What writes the page, once it is known that it can be written."""
+    try:
+        from polar_xtuner.report import write_data_report
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--report needs {error.name}: pip install 'polar_xtuner[eval]'"
+        ) from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--report {folder}: cannot be written to: {error.strerror}") from error
+    return write_data_report
+
+
+def say(text: str) -> None:
+    """Prints a text; a reader that has gone away (`| head`) has seen enough of it."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it is flushed again
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def shown(result: DataResult) -> str:
@@ -213,15 +251,16 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        write_report = report_writer(args.report) if args.report else None
         with contextlib.redirect_stdout(sys.stderr):  # deepspeed tells stdout of its import
             result = run(args)
-        if args.report is not None:
-            from polar_xtuner.report import write_data_report
-
-            write_data_report(args.report, result)
+        if write_report:
+            write_report(args.report, result)
+        say(json.dumps(result.as_dict()) if args.json else shown(result))
     except (ValueError, OSError) as error:
         sys.exit(f"check_data.py: {' '.join(str(error).split())}")
-    print(json.dumps(result.as_dict()) if args.json else shown(result))
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(int(result.refused))
 
 
