@@ -80,9 +80,9 @@ _CODE_SPAN = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 _IMPORT = re.compile(r"(?:from [\w.]+ )?import [\w.*, ]+;?|#include\b|#!/")
 
 # What has a backslash and an n and stands for itself: in quotation marks (of code, so not a long
-# way apart), in paths of a drive (which A: and Q: are seldom), and in names of TeX.
+# way apart), in paths of a drive (which A: and Q: are seldom), between slashes, in names of TeX.
 _SPELLED = re.compile(
-    r"\"[^\"\n]{0,80}\"|(?<!\w)'[^'\n]{0,80}'(?!\w)|\b[B-PR-Zb-pr-z]:(?:\\[\w.~-]+)+"
+    r"\"[^\"\n]{0,80}\"|(?<!\w)'[^'\n]{0,80}'(?!\w)|\b[B-PR-Zb-pr-z]:(?:\\[\w.~-]+)+|/\\n/"
     r"|\\n(?:abla|atural|e|earrow|eg|eq|ewcommand|ewline|ewpage|exists|i|leq|geq|mid|oindent"
     r"|ormalsize|ot|otag|otin|parallel|prec|rightarrow|Rightarrow|sim|subseteq|u|ull|umber|warrow"
     r")(?![A-Za-z])"

@@ -109,6 +109,7 @@ def test_text_is_not_taken_for_double_encoding_unless_it_reads_as_utf8(text: str
         r"$a \neq b$, so $b \neq a$ and $\neg p \wedge \neg q$",
         r"They are in C:\new\names and in D:\nets\net.txt.",
         r'printf "a\nb\n"',
+        r"Use $'\n' and \n in sed: s/\n/ /g",
         r"Split at '\n\n', that is `\n` and `\n`.",
         "La lettre «\u00a0Â\u00a0» a un accent, «\u00a0Ã\u00a0» un tilde.",
         "“Â”, “Ă”, «Â»",
