@@ -62,7 +62,7 @@ def check_output(
 ) -> None:
     """Raise ValueError for a file that cannot be written, or is one of `inputs`."""
     if not output.name.lower().endswith(endings):
-        raise ValueError(f"{output}: its name must end in one of {', '.join(endings)}")
+        raise ValueError(f"{output}: its name must end in {' or '.join(endings)}")
     if output.is_dir():
         raise ValueError(f"{output} is a folder: the output is a file")
     if output.resolve() in {path.resolve() for path in inputs}:

@@ -498,7 +498,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         write_rows(rows(), out)
     assert out.read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
-    with pytest.raises(ValueError, match=r"\.jsonl, \.jsonl\.gz, \.parquet"):
+    with pytest.raises(ValueError, match=r"\.jsonl or \.jsonl\.gz or \.parquet"):
         write_rows(rows(), tmp_path / "out.csv")
 
 
