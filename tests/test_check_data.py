@@ -5,6 +5,7 @@ Whether a row is clean is judged here by plain code that shares nothing with the
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -536,6 +537,18 @@ def test_an_interrupted_check_says_nothing_more(
         tool.main()
     assert raised.value.code == 130
     assert capsys.readouterr().err == ""
+
+
+def test_what_an_output_cannot_show_is_spelled_out(
+    monkeypatch: pytest.MonkeyPatch, tool: Any
+) -> None:
+    data = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(data, "ascii"))
+        tool.say("à\udcff.jsonl")
+        assert data.getvalue() == b"\\xe0\\udcff.jsonl\n"
+        patch.setattr(sys, "stdout", None)
+        tool.say("to nobody")
 
 
 def test_what_a_report_lacks_is_said_before_the_rows_are_read(

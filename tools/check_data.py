@@ -149,6 +149,8 @@ def report_writer(folder: Path) -> Callable[[Path, DataResult], Path]:
 
 def say(text: str) -> None:
     """Prints a text; a reader that has gone away (`| head`) has seen enough of it."""
+    if sys.stdout is None:  # closed from the start, by `>&-`
+        return
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
