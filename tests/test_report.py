@@ -352,7 +352,8 @@ def test_reports_need_no_torch() -> None:
     from commands import run
 
     code = (
-        "import sys, polar_xtuner.report; "
+        "import sys; from polar_xtuner.report import "
+        "write_data_report, write_evaluation_report, write_run_report; "
         "print([m for m in ('torch', 'transformers', 'mmengine') if m in sys.modules])"
     )
     assert run(sys.executable, "-c", code).stdout.strip() == "[]"
