@@ -15,7 +15,8 @@ from commands import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_xtuner.preference_formats import FORMATS, convert, describe
+from polar_xtuner.preference_formats import FORMATS, describe
+from polar_xtuner.preference_rows import convert
 from polar_xtuner.records import BadRow, BadRowsError, Row, read_rows
 from polar_xtuner.row_files import write_rows
 

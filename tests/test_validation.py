@@ -17,15 +17,16 @@ from commands import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_xtuner import engine, validation
+from polar_xtuner import engine, polar_metric, validation
 from polar_xtuner.cache import PAIR
 from polar_xtuner.checks import polar_model
 from polar_xtuner.interruption import STOPPED
+from polar_xtuner.polar_metric import MOST_SOURCES, PolarMetric
 from polar_xtuner.records import read_rows
 from polar_xtuner.sampler import EvaluationSampler
 from polar_xtuner.template import Candidate
 from polar_xtuner.val_log import table
-from polar_xtuner.validation import MOST_SOURCES, PolarMetric, precision
+from polar_xtuner.validation import precision
 
 torch.set_num_threads(1)
 
@@ -187,9 +188,9 @@ def test_ranks_together_give_what_one_gives_whatever_was_computed_twice(
         holder = metric()
         fill(holder, pairs[part], chosen[part], rejected[part])
         fill(holder, pairs[:1], chosen[:1] + 5, rejected[:1], weight=0.0)  # only fills a step
-        shares.append(validation._joined(holder.results))
+        shares.append(polar_metric._joined(holder.results))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation, "all_gather_object", lambda own: shares)
+        patch.setattr(polar_metric, "all_gather_object", lambda own: shares)
         assert same(metric(length_bias=True).evaluate(count), wanted)
 
 
@@ -366,7 +367,9 @@ def test_a_scores_file_that_cannot_be_written_ends_no_run(
     validating: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors: list[str] = []
-    monkeypatch.setattr(validation.logger, "error", lambda text, *args: errors.append(text % args))
+    monkeypatch.setattr(
+        polar_metric.logger, "error", lambda text, *args: errors.append(text % args)
+    )
     (tmp_path / "file").touch()
     runner = validating(iterations=4, val_scores_file=str(tmp_path / "file" / "scores.jsonl"))
     runner.train()

@@ -20,7 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from polar_xtuner.integrations.verl_data import read_prompts, write_verl_parquet
-from polar_xtuner.preference_formats import FORMATS, PAIRS, convert, describe, reference_files
+from polar_xtuner.preference_formats import FORMATS, describe
+from polar_xtuner.preference_rows import PAIRS, convert, reference_files
 from polar_xtuner.printing import show
 from polar_xtuner.records import BadRowsError, RowCheck, find_files
 from polar_xtuner.row_files import check_output, write_rows
