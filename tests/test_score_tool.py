@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT
+from commands import ROOT, run_forked
 from pyarrow.parquet import read_table
 
 from polar_xtuner.client import RewardModelClient
@@ -219,8 +219,7 @@ def test_parquet_holds_what_lines_hold(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def score(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "score.py"), *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
+    return run_forked(ROOT / "tools" / "score.py", *arguments, stdin=stdin)
 
 
 def printed(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
