@@ -2,12 +2,9 @@
 
 `xtuner convert pth_to_hf` gets its tensors here (`compat.convert_checkpoints_of_any_kind`) and
 `export.py` writes them one at a time, so a conversion holds one tensor, not the model. A file holds
-whole tensors, in the dtype they were trained in. A DeepSpeed folder holds the float32 master
-weights in flat partitions, one file a process: with ZeRO-1 and 2 the partitions laid end to end are
-the parameters laid end to end, so a parameter may lie in several; with ZeRO-3 each parameter is cut
-into as many equal parts as there are processes, the last ones padded. Of a LoRA run, the base
-model's weights stay in its own files (`open_model`), and peft merges a layer when it is read
-(`merged`).
+whole tensors, in the dtype they were trained in; a DeepSpeed folder the float32 master weights, in
+pieces (`zero_folder.py`). Of a LoRA run, the base model's weights stay in its own files
+(`open_model`), and peft merges a layer when it is read (`merged`).
 
 Files are mapped, and the pages of what has been read are let go: without, the resident memory grows
 to the size of all weights. The optimizer's moments are looked at once, for their checksums.
@@ -36,11 +33,10 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from polar_xtuner.checkpoint import check_checkpoint, load_safely
 from polar_xtuner.modeling_internlm2 import HEAD, InternLM2Config, InternLM2ForRewardModel
+from polar_xtuner.zero_folder import Pieces, ZeroFolder
 
 CHUNK = 1 << 24
 """Elements that are copied from a file before its pages are let go."""
-
-MODEL_STATES = "*_model_states.pt"
 
 
 class ConversionError(ValueError):
@@ -93,17 +89,25 @@ def open_checkpoint(path: str | Path) -> dict[str, StoredTensor]:
             holds the adapters and the head.
 
     Raises:
-        CheckpointError: it is missing, damaged or not safe (`checkpoint.check_checkpoint`).
-        ConversionError: it is not a checkpoint of these kinds, or lacks a file.
+        CheckpointError: it is missing, damaged or not safe (`checkpoint.check_checkpoint`), or a
+            folder of another kind, or one that lacks a file.
+        ConversionError: it is a file without weights.
+    """
+    return {name: _mapped(*stored) for name, stored in open_pieces(path).items()}
+
+
+def open_pieces(path: str | Path) -> dict[str, tuple[Pieces, torch.Size]]:
+    """`open_checkpoint`, as pieces in its files (`zero_folder.py`) and shapes.
+
+    Of a file, a tensor is one piece, in its shape.
     """
     path = Path(path)
-    if path.is_dir():
-        _check_files(path)
+    folder = ZeroFolder(path) if path.is_dir() else None  # it names the files that are lacking
     check_checkpoint(path)
-    return _of_folder(path) if path.is_dir() else _of_file(path)
+    return _of_file(path) if folder is None else _of_folder(folder)
 
 
-def _of_file(file: Path) -> dict[str, StoredTensor]:
+def _of_file(file: Path) -> dict[str, tuple[Pieces, torch.Size]]:
     if file.match("*_states.pt"):
         raise ConversionError(f"{file} is one file of a DeepSpeed checkpoint: give {file.parent}")
     content = load_safely(file)
@@ -113,140 +117,19 @@ def _of_file(file: Path) -> dict[str, StoredTensor]:
             f"{file} holds no weights: neither a state_dict nor tensors by name. Give a checkpoint "
             "that `xtuner train` has written"
         )
-    return {name: _mapped([tensor]) for name, tensor in state.items()}
+    return {name: ([tensor], tensor.shape) for name, tensor in state.items()}
 
 
-# ---- DeepSpeed
-
-
-def _check_files(folder: Path) -> None:
-    """Raise if a process's file is not there; `check_checkpoint` counts, this names them."""
-    if not any(folder.glob(MODEL_STATES)):
-        inside = sorted(entry.name for entry in folder.glob("*.pth"))
-        advice = f"give one of those in it: {', '.join(inside)}" if inside else (
-            "give a .pth file, or the .pth folder of a run with --deepspeed"
-        )  # fmt: skip
-        raise ConversionError(
-            f"{folder} is not a DeepSpeed checkpoint, for it has no {MODEL_STATES}: {advice}"
-        )
-    state = _model_state(folder)
-    lacking = [file.name for file in _partition_files(folder, state) if not file.is_file()]
-    if lacking:
-        raise ConversionError(
-            f"{folder} is not whole: it lacks {', '.join(lacking)}. Each process of the run wrote "
-            "a file of its own: copy those of all nodes into one folder"
-        )
-
-
-def _model_state(folder: Path, rank: int = 0) -> dict[str, Any]:
-    """What is saved beside the partitions: by every process with ZeRO-3, else by the first."""
-    files = [folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"]
-    files += [folder / "mp_rank_00_model_states.pt"] if rank == 0 else []
-    for file in files:
-        if file.is_file():
-            return load_safely(file)
-    raise ConversionError(f"{folder} is not whole: it lacks {files[0].name}")
-
-
-def _partition_files(folder: Path, state: Mapping[str, Any]) -> list[Path]:
-    """The file of every process, in their order, whether it is there or not."""
-    prefix = "bf16_" if any(folder.glob("bf16_zero_pp_rank_*_optim_states.pt")) else ""
-    name = prefix + "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
-    return [folder / name.format(rank) for rank in range(state["dp_world_size"])]
-
-
-def _of_folder(folder: Path) -> dict[str, StoredTensor]:
-    state = _model_state(folder)
-    optimizers = [
-        load_safely(file)["optimizer_state_dict"] for file in _partition_files(folder, state)
-    ]
-    is_zero3 = "fp32_flat_groups" in optimizers[0]
-    key = "fp32_flat_groups" if is_zero3 else "single_partition_of_fp32_groups"
-    if any(key not in optimizer for optimizer in optimizers):
-        raise ConversionError(
-            f"{folder} was not written with ZeRO stage 1, 2 or 3: its optimizer states lack {key}"
-        )
-    merge = _merge_zero3 if is_zero3 else _merge_zero2
-    try:
-        weights = merge([optimizer[key] for optimizer in optimizers], state["param_shapes"])
-    except _Mismatch as error:
-        raise ConversionError(
-            f"{folder} mixes the files of several runs: {error}. Copy it again, all of one run"
-        ) from None
-    weights |= {name: _mapped([state["module"][name]]) for name in state["buffer_names"]}
-    weights |= _frozen(folder, state, len(optimizers) if is_zero3 else 1)
+def _of_folder(folder: ZeroFolder) -> dict[str, tuple[Pieces, torch.Size]]:
+    pieces, state = folder.master_weights(), folder.state
+    shapes = {name: shape for of_group in folder.shapes for name, shape in of_group.items()}
+    weights = {name: (pieces[name], shape) for name, shape in shapes.items()}
+    buffers = {name: state["module"][name] for name in state["buffer_names"]}
+    weights |= {name: ([buffer], buffer.shape) for name, buffer in buffers.items()}
+    weights |= folder.frozen()
     for name, other in state["shared_params"].items():
         weights[name] = weights[other]
     return weights
-
-
-class _Mismatch(Exception):
-    """Partitions do not have the size of the parameters."""
-
-
-def _merge_zero2(
-    ranks: Sequence[Sequence[Tensor]], shapes: Sequence[Mapping[str, torch.Size]]
-) -> dict[str, StoredTensor]:
-    """Of ZeRO-1 and 2, and of DeepSpeed's bfloat16 optimizer: `ranks[rank][group]` is flat."""
-    if {len(groups) for groups in ranks} != {len(shapes)}:
-        raise _Mismatch(f"{len(shapes)} groups of parameters, {[len(g) for g in ranks]} partitions")
-    weights = {}
-    for group, shapes_of_group in enumerate(shapes):
-        partitions = [rank[group] for rank in ranks]
-        start = 0
-        for name, shape in shapes_of_group.items():
-            weights[name] = _mapped(_cut(partitions, start, shape.numel()), shape)
-            start += shape.numel()
-        padding = sum(partition.numel() for partition in partitions) - start
-        if not 0 <= padding < 2 * len(ranks):  # DeepSpeed pads to a multiple of that
-            raise _Mismatch(f"its parameters have {start} elements, its partitions {padding} more")
-    return weights
-
-
-def _merge_zero3(
-    ranks: Sequence[Sequence[Tensor]], shapes: Sequence[Mapping[str, torch.Size]]
-) -> dict[str, StoredTensor]:
-    """Of ZeRO-3: `ranks[rank]` are flat sub-groups, which a parameter may cross."""
-    weights = {}
-    start = 0
-    for name, shape in (item for of_group in shapes for item in of_group.items()):
-        share = -(-shape.numel() // len(ranks))
-        padded = [piece for rank in ranks for piece in _cut(rank, start, share)]
-        weights[name] = _mapped(_cut(padded, 0, shape.numel()), shape)
-        start += share
-    sizes = {sum(sub_group.numel() for sub_group in rank) for rank in ranks}
-    if sizes != {start}:
-        raise _Mismatch(f"each process should hold {start} elements, they hold {sorted(sizes)}")
-    return weights
-
-
-def _frozen(folder: Path, state: Mapping[str, Any], parts: int) -> dict[str, StoredTensor]:
-    """Parameters that were not trained, if they were saved at all; whole if `parts` is 1."""
-    shapes = state["frozen_param_shapes"] or {}
-    if not shapes:
-        return {}
-    states = [state, *(_model_state(folder, rank) for rank in range(1, parts))]
-    return {
-        name: _mapped(
-            _cut([s["frozen_param_fragments"][name].reshape(-1) for s in states], 0, shape.numel()),
-            shape,
-        )
-        for name, shape in shapes.items()
-    }
-
-
-def _cut(tensors: Sequence[Tensor], start: int, count: int) -> list[Tensor]:
-    """Elements [start, start + count) of flat tensors laid end to end, as views of them."""
-    pieces = []
-    for tensor in tensors:
-        stop = min(start + count, tensor.numel())
-        if start < stop:
-            pieces.append(tensor[start:stop])
-            count -= stop - start
-        start = max(start - tensor.numel(), 0)
-    if count:
-        raise _Mismatch(f"the partitions end {count} elements early")
-    return pieces
 
 
 # ---- LoRA: the base model's files
@@ -319,7 +202,8 @@ def _of_base(base: str) -> dict[str, StoredTensor]:
         if file.suffix == ".safetensors":
             stored |= _of_safetensors(file)
         elif zipfile.is_zipfile(file):  # else of a torch before 1.6
-            stored |= {name: _mapped([tensor]) for name, tensor in load_safely(file).items()}
+            tensors = load_safely(file)
+            stored |= {name: _mapped([t], t.shape) for name, t in tensors.items()}
     return stored
 
 
@@ -366,9 +250,8 @@ def _merge(layer: Any, stored: Mapping[str, StoredTensor], name: str, dtype: tor
 # ---- Mapped files
 
 
-def _mapped(pieces: Sequence[Tensor], shape: torch.Size | None = None) -> StoredTensor:
+def _mapped(pieces: Pieces, shape: torch.Size) -> StoredTensor:
     """What consists of views of files mapped by `load_safely`, end to end."""
-    shape = pieces[0].shape if shape is None else shape
     return StoredTensor(shape, pieces[0].dtype, partial(_joined, tuple(pieces)))
 
 

@@ -60,8 +60,12 @@ def with_polar_tokens(tokenizer: Any) -> Any:
 @pytest.fixture(scope="session")
 def demo() -> ModuleType:
     """`tools/make_demo.py`: rows, a small tokenizer, a tiny base model."""
-    path = Path(__file__).parents[1] / "tools" / "make_demo.py"
-    spec = importlib.util.spec_from_file_location("make_demo", path)
+    return _tool("make_demo")
+
+
+def _tool(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -130,3 +134,45 @@ def make(small: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
     yield runner
     logging.shutdown([])
+
+
+@pytest.fixture(scope="session")
+def bench_convert() -> ModuleType:
+    """`tools/bench_convert.py`, which writes checkpoints as DeepSpeed does."""
+    return _tool("bench_convert")
+
+
+CONFIG = """
+custom_imports = dict(imports=["polar_xtuner.engine"])
+model = dict(
+    type="PolarRewardModel",
+    use_activation_checkpointing=False,
+    llm=dict(
+        type="polar_xtuner.modeling_internlm2.InternLM2ForRewardModel.from_pretrained",
+        pretrained_model_name_or_path={base!r},
+        torch_dtype="torch.float32",
+    ),
+)
+"""
+
+
+@pytest.fixture(scope="session")
+def odd_config(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config, and a base model of odd sizes, so that parameters span partitions."""
+    folder = tmp_path_factory.mktemp("models")
+    shape = {"hidden_size": 40, "intermediate_size": 27, "num_hidden_layers": 2}
+    demo.write_base(folder / "base", demo.build_tokenizer(), 0, **shape)
+    (folder / "config.py").write_text(CONFIG.format(base=str(folder / "base")))
+    return folder / "config.py"
+
+
+@pytest.fixture(scope="session")
+def zero_checkpoints(odd_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes wrote with DeepSpeed (`zero_checkpoints.py`), and what it says it was."""
+    from commands import run_ranks
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    script = Path(__file__).with_name("zero_checkpoints.py")
+    for rank in run_ranks(2, script, odd_config, folder, OMP_NUM_THREADS="1"):
+        assert rank.returncode == 0, rank.stderr
+    return folder

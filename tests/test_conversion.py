@@ -1,7 +1,6 @@
 """Checkpoints of every kind give the same tensors; those that cannot, and why."""
 
 import copy
-import importlib.util
 import json
 import pickle
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import CONVERT, run_forked, run_ranks
+from commands import CONVERT, run_forked
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from huggingface_hub import constants, split_torch_state_dict_into_shards
 from hypothesis import given
@@ -42,58 +41,16 @@ FULL = ("zero1", "zero2", "zero3", "bfloat16")
 LORA = ("lora2", "lora3", "frozen3")
 LORA_OPTIONS = ("model.lora.type=peft.LoraConfig", "model.lora.r=3", "model.lora.lora_alpha=8")
 
-CONFIG = """
-custom_imports = dict(imports=["polar_xtuner.engine"])
-model = dict(
-    type="PolarRewardModel",
-    use_activation_checkpointing=False,
-    llm=dict(
-        type="polar_xtuner.modeling_internlm2.InternLM2ForRewardModel.from_pretrained",
-        pretrained_model_name_or_path={base!r},
-        torch_dtype="torch.float32",
-    ),
-)
-"""
 
-
-@pytest.fixture(scope="module")
-def bench():
-    """`tools/bench_convert.py`, which writes checkpoints as DeepSpeed does."""
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "tools" / "bench_convert.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def config(demo, tmp_path_factory):
-    """A config, and a base model of odd sizes, so that parameters span partitions."""
-    folder = tmp_path_factory.mktemp("models")
-    shape = {"hidden_size": 40, "intermediate_size": 27, "num_hidden_layers": 2}
-    demo.write_base(folder / "base", demo.build_tokenizer(), 0, **shape)
-    (folder / "config.py").write_text(CONFIG.format(base=str(folder / "base")))
-    return folder / "config.py"
-
-
-@pytest.fixture(scope="module")
-def checkpoints(config, tmp_path_factory):
-    """What two processes wrote with DeepSpeed, and beside it what it says the weights were."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    script = Path(__file__).with_name("zero_checkpoints.py")
-    for rank in run_ranks(2, script, config, folder, OMP_NUM_THREADS="1"):
-        assert rank.returncode == 0, rank.stderr
-    return folder
-
-
-def convert(config, checkpoint, out, *options):
+def convert(odd_config, checkpoint, out, *options):
     """The converter itself: `xtuner convert` drops its exit status."""
     options = ("--cfg-options", *options) if options else ()
-    return run_forked(CONVERT, config, checkpoint, out, *options)
+    return run_forked(CONVERT, odd_config, checkpoint, out, *options)
 
 
-def refused(config, checkpoint, out, *options):
+def refused(odd_config, checkpoint, out, *options):
     """What the user sees last; nothing may have been written."""
-    result = convert(config, checkpoint, out, *options)
+    result = convert(odd_config, checkpoint, out, *options)
     assert result.returncode == 1, result.stderr
     assert not out.exists() or not any(out.iterdir())
     assert "Traceback" not in result.stderr
@@ -111,11 +68,11 @@ def pieces_of(stored):
 
 
 @pytest.mark.parametrize("kind", [*FULL, *LORA])
-def test_a_deepspeed_folder_gives_the_float32_weights_bit_for_bit(checkpoints, kind):
-    stored = open_checkpoint(checkpoints / kind)
+def test_a_deepspeed_folder_gives_the_float32_weights_bit_for_bit(zero_checkpoints, kind):
+    stored = open_checkpoint(zero_checkpoints / kind)
     assert any(len(pieces_of(tensor)) > 1 for tensor in stored.values()), "none spans partitions"
-    truth = torch.load(checkpoints / f"{kind}.pth")["state_dict"]
-    weights = load_weights(checkpoints / kind)
+    truth = torch.load(zero_checkpoints / f"{kind}.pth")["state_dict"]
+    weights = load_weights(zero_checkpoints / kind)
     assert truth.keys() <= weights.keys()
     for name, tensor in truth.items():
         assert weights[name].dtype == tensor.dtype == torch.float32
@@ -124,9 +81,9 @@ def test_a_deepspeed_folder_gives_the_float32_weights_bit_for_bit(checkpoints, k
     assert bool(frozen) == (kind == "frozen3")
 
 
-def test_frozen_parameters_that_were_saved_are_those_of_the_base(checkpoints, config):
-    base = torch.load(config.parent / "base" / "pytorch_model.bin")
-    weights = load_weights(checkpoints / "frozen3")
+def test_frozen_parameters_that_were_saved_are_those_of_the_base(zero_checkpoints, odd_config):
+    base = torch.load(odd_config.parent / "base" / "pytorch_model.bin")
+    weights = load_weights(zero_checkpoints / "frozen3")
     frozen = {
         name: t for name, t in weights.items() if "lora_" not in name and "v_head" not in name
     }
@@ -161,7 +118,7 @@ def test_a_file_gives_its_tensors_as_they_are(tmp_path, name):
     st.integers(1, 7),
 )
 def test_any_sizes_and_processes_give_what_deepspeed_itself_gives(
-    bench, tmp_path_factory, sizes, stage, processes
+    bench_convert, tmp_path_factory, sizes, stage, processes
 ):
     groups = [
         {f"{number}.{place}": torch.randn(size) for place, size in enumerate(of_group)}
@@ -170,7 +127,7 @@ def test_any_sizes_and_processes_give_what_deepspeed_itself_gives(
     groups[0]["matrix"] = torch.randn(7, 11)
     groups[0]["vector"] = torch.randn(2 * 7 * 60)  # so that no process is left without a part
     folder = tmp_path_factory.mktemp("zero")
-    bench.write_zero(folder / "iter_1.pth", groups, stage, processes)
+    bench_convert.write_zero(folder / "iter_1.pth", groups, stage, processes)
     truth = {name: tensor for group in groups for name, tensor in group.items()}
     weights = load_weights(folder / "iter_1.pth")
     theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder), "iter_1.pth")
@@ -218,7 +175,7 @@ def test_a_tensor_is_read_in_the_dtype_asked_for():
 # ---- The same model
 
 
-def test_a_folder_converts_to_the_model_of_the_file(checkpoints, config, tmp_path):
+def test_a_folder_converts_to_the_model_of_the_file(zero_checkpoints, odd_config, tmp_path):
     """By the real command; the other kinds of folder are compared above, tensor by tensor."""
     of_kind = {}
     kinds = ("zero2", LORA[0])
@@ -226,7 +183,7 @@ def test_a_folder_converts_to_the_model_of_the_file(checkpoints, config, tmp_pat
         for form in ("", ".pth"):
             out = tmp_path / f"{kind}{form}"
             options = LORA_OPTIONS if kind in LORA else ()
-            result = convert(config, checkpoints / f"{kind}{form}", out, *options)
+            result = convert(odd_config, zero_checkpoints / f"{kind}{form}", out, *options)
             assert result.returncode == 0, result.stderr
             of_kind[kind + form] = load_file(out / "model.safetensors")
     for kind in kinds:
@@ -235,7 +192,7 @@ def test_a_folder_converts_to_the_model_of_the_file(checkpoints, config, tmp_pat
         for name in folder:
             assert folder[name].dtype == torch.float32
             assert torch.equal(folder[name], file[name]), (kind, name)
-    trained = torch.load(checkpoints / "zero2.pth")["state_dict"]
+    trained = torch.load(zero_checkpoints / "zero2.pth")["state_dict"]
     for name, tensor in of_kind["zero2"].items():
         assert torch.equal(tensor, trained[name.replace("model.", "llm.", 1)]), name
 
@@ -246,19 +203,19 @@ FORMS = ("bin", "safetensors", "sharded bin", "sharded safetensors")
 
 
 @pytest.fixture(scope="module")
-def of_base(config):
+def of_base(odd_config):
     """A base's weights, with biases, and no two of the same values."""
     torch.manual_seed(5)
-    base = config.parent / "base"
+    base = odd_config.parent / "base"
     fields = json.loads((base / "config.json").read_text()) | {"bias": True}
     config_class = InternLM2ForRewardModel.config_class
     state = InternLM2ForRewardModel(config_class(**fields)).state_dict()
     return {name: torch.randn(tensor.shape) for name, tensor in state.items()}
 
 
-def write_base(folder, config, weights, form="bin"):
-    """The base model of `config` with other weights, as files of that form."""
-    shutil.copytree(config.parent / "base", folder, ignore=shutil.ignore_patterns("*.bin"))
+def write_base(folder, odd_config, weights, form="bin"):
+    """The base model of `odd_config` with other weights, as files of that form."""
+    shutil.copytree(odd_config.parent / "base", folder, ignore=shutil.ignore_patterns("*.bin"))
     fields = json.loads((folder / "config.json").read_text()) | {"bias": True}
     (folder / "config.json").write_text(json.dumps(fields))
     is_bin, is_sharded = "bin" in form, "sharded" in form
@@ -314,9 +271,11 @@ def assert_merges_as_peft_does(base, out, dtype, **lora):
     [*((form, torch.float32) for form in FORMS), ("bin", torch.bfloat16), ("bin", torch.float16)],
     ids=str,
 )
-def test_adapters_are_merged_as_peft_does_in_a_loaded_model(config, of_base, tmp_path, form, dtype):
+def test_adapters_are_merged_as_peft_does_in_a_loaded_model(
+    odd_config, of_base, tmp_path, form, dtype
+):
     weights = {name: tensor.half() for name, tensor in of_base.items()}
-    base = write_base(tmp_path / "base", config, weights, form)
+    base = write_base(tmp_path / "base", odd_config, weights, form)
     written = assert_merges_as_peft_does(base, tmp_path / "hf", dtype)
     changed = {n for n, t in written.items() if not torch.equal(t, weights[n].to(t.dtype))}
     assert changed == {n for n in weights if ".layers." in n and weights[n].dim() == 2} | {HEAD}
@@ -335,8 +294,8 @@ def test_adapters_are_merged_as_peft_does_in_a_loaded_model(config, of_base, tmp
     ],
     ids=str,
 )
-def test_every_plain_configuration_is_merged_as_peft_does(config, of_base, tmp_path, lora):
-    base = write_base(tmp_path / "base", config, of_base)
+def test_every_plain_configuration_is_merged_as_peft_does(odd_config, of_base, tmp_path, lora):
+    base = write_base(tmp_path / "base", odd_config, of_base)
     assert_merges_as_peft_does(base, tmp_path / "hf", torch.bfloat16, **lora)
 
 
@@ -358,8 +317,8 @@ def test_what_is_no_lora_is_not_plain():
     assert not adds_unseen(type("Other", (LoraConfig,), {})())
 
 
-def test_the_values_stay_in_the_files_of_the_base(config, of_base, tmp_path):
-    base = write_base(tmp_path / "base", config, of_base)
+def test_the_values_stay_in_the_files_of_the_base(odd_config, of_base, tmp_path):
+    base = write_base(tmp_path / "base", odd_config, of_base)
     model = open_model(base, torch_dtype=torch.bfloat16, trust_remote_code=True, rope_theta=2.0)
     assert on_meta(model)
     assert model.config.rope_theta == 2
@@ -369,17 +328,17 @@ def test_the_values_stay_in_the_files_of_the_base(config, of_base, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_base_that_lacks_a_tensor_is_refused_by_name(config, of_base, tmp_path, form):
+def test_a_base_that_lacks_a_tensor_is_refused_by_name(odd_config, of_base, tmp_path, form):
     name = "model.norm.weight" if "bin" in form else "model.layers.1.attention.wqkv.bias"
     weights = {n: t for n, t in of_base.items() if n != name}
-    base = write_base(tmp_path / "base", config, weights, form)
+    base = write_base(tmp_path / "base", odd_config, weights, form)
     with pytest.raises(ValueError, match=f"{base} lacks 1 tensors of .*: {name}$"):
         open_model(base, torch_dtype=torch.float32)
 
 
-def test_a_base_may_lack_the_reward_head(config, of_base, tmp_path):
+def test_a_base_may_lack_the_reward_head(odd_config, of_base, tmp_path):
     weights = {n: t for n, t in of_base.items() if n != HEAD}
-    base = write_base(tmp_path / "base", config, weights)
+    base = write_base(tmp_path / "base", odd_config, weights)
     model = open_model(base)
     assert on_meta(model)
     assert of_base.keys() - model.stored.keys() == {HEAD}
@@ -387,12 +346,12 @@ def test_a_base_may_lack_the_reward_head(config, of_base, tmp_path):
     assert written.keys() == of_base.keys()
 
 
-def test_what_is_out_of_the_ordinary_is_loaded_as_in_training(config, of_base, tmp_path):
-    base = write_base(tmp_path / "base", config, of_base)
-    old = write_base(tmp_path / "old", config, {})
+def test_what_is_out_of_the_ordinary_is_loaded_as_in_training(odd_config, of_base, tmp_path):
+    base = write_base(tmp_path / "base", odd_config, of_base)
+    old = write_base(tmp_path / "old", odd_config, {})
     torch.save(of_base, Path(old, "pytorch_model.bin"), _use_new_zipfile_serialization=False)
     decoder = {n.removeprefix("model."): t for n, t in of_base.items() if n != HEAD}
-    decoder_only = write_base(tmp_path / "decoder", config, decoder)
+    decoder_only = write_base(tmp_path / "decoder", odd_config, decoder)
     for path, options in ((base, {"torch_dtype": "auto"}), (base, {"revision": "main"}), (old, {})):
         model = open_model(path, **options)
         assert not on_meta(model)
@@ -401,17 +360,17 @@ def test_what_is_out_of_the_ordinary_is_loaded_as_in_training(config, of_base, t
     assert all(torch.equal(t, of_base[f"model.{n}"]) for n, t in decoder.state_dict().items())
 
 
-def test_a_base_of_another_shape_than_its_config_is_refused_by_name(config, of_base, tmp_path):
+def test_a_base_of_another_shape_than_its_config_is_refused_by_name(odd_config, of_base, tmp_path):
     other = {**of_base, "model.norm.weight": torch.ones(41)}
-    base = write_base(tmp_path / "base", config, other)
+    base = write_base(tmp_path / "base", odd_config, other)
     with pytest.raises(
         ConversionError, match=r"norm\.weight has shape \(41,\), by its config \(40,"
     ):
         open_model(base)
 
 
-def test_a_damaged_or_hostile_base_is_refused(config, of_base, tmp_path):
-    base = write_base(tmp_path / "base", config, of_base)
+def test_a_damaged_or_hostile_base_is_refused(odd_config, of_base, tmp_path):
+    base = write_base(tmp_path / "base", odd_config, of_base)
     torch.save({**of_base, "hook": Payload(tmp_path / "ran")}, Path(base, "pytorch_model.bin"))
     with pytest.raises(CheckpointError, match=f"{base}/pytorch_model.bin is refused"):
         open_model(base)
@@ -419,12 +378,12 @@ def test_a_damaged_or_hostile_base_is_refused(config, of_base, tmp_path):
 
 
 def test_a_base_of_the_hub_is_read_where_it_was_downloaded_to(
-    config, of_base, tmp_path, monkeypatch
+    odd_config, of_base, tmp_path, monkeypatch
 ):
     folder = tmp_path / "models--polar--base"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)
-    write_base(folder / "snapshots" / ("0" * 40), config, of_base, "sharded safetensors")
+    write_base(folder / "snapshots" / ("0" * 40), odd_config, of_base, "sharded safetensors")
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path))
     monkeypatch.setattr("transformers.utils.hub._is_offline_mode", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -437,9 +396,9 @@ def test_a_base_of_the_hub_is_read_where_it_was_downloaded_to(
 
 
 @pytest.fixture
-def folder(checkpoints, tmp_path):
+def folder(zero_checkpoints, tmp_path):
     """A DeepSpeed checkpoint to do damage to."""
-    shutil.copytree(checkpoints / "zero3", tmp_path / "iter_1.pth")
+    shutil.copytree(zero_checkpoints / "zero3", tmp_path / "iter_1.pth")
     return tmp_path / "iter_1.pth"
 
 
@@ -452,7 +411,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("where", ["file", "model_states", "optim_states"])
-def test_a_hostile_checkpoint_is_refused_and_does_not_run(folder, config, tmp_path, where):
+def test_a_hostile_checkpoint_is_refused_and_does_not_run(folder, odd_config, tmp_path, where):
     ran = tmp_path / "ran"
     if where == "file":
         checkpoint = hostile = tmp_path / "hostile.pth"
@@ -460,18 +419,18 @@ def test_a_hostile_checkpoint_is_refused_and_does_not_run(folder, config, tmp_pa
     else:
         checkpoint, hostile = folder, folder / f"zero_pp_rank_1_mp_rank_00_{where}.pt"
         torch.save({**torch.load(hostile, weights_only=False), "hook": Payload(ran)}, hostile)
-    message = refused(config, checkpoint, tmp_path / "hf")
+    message = refused(odd_config, checkpoint, tmp_path / "hf")
     assert f"{hostile} is refused" in message
     assert "may run code" in message
     assert not ran.exists()
 
 
-def test_a_missing_path_is_named(config, tmp_path):
-    assert str(tmp_path / "none.pth") in refused(config, tmp_path / "none.pth", tmp_path / "hf")
+def test_a_missing_path_is_named(odd_config, tmp_path):
+    assert str(tmp_path / "none.pth") in refused(odd_config, tmp_path / "none.pth", tmp_path / "hf")
 
 
 def test_a_work_dir_is_refused_with_the_checkpoints_in_it(folder):
-    with pytest.raises(ConversionError, match=r"no \*_model_states\.pt: give one .* iter_1\.pth$"):
+    with pytest.raises(CheckpointError, match=r"no \*_model_states\.pt: give one .* iter_1\.pth$"):
         open_checkpoint(folder.parent)
 
 
@@ -502,7 +461,7 @@ def test_each_file_that_a_folder_lacks_is_named(folder):
                 continue  # not needed for the weights
             content = file.read_bytes()
             file.unlink()
-            with pytest.raises(ConversionError, match=f"not whole: it lacks {file.name}"):
+            with pytest.raises(CheckpointError, match=f"not whole: it lacks {file.name}"):
                 open_checkpoint(folder)
             file.write_bytes(content)
     assert open_checkpoint(folder)
@@ -527,39 +486,43 @@ def test_a_truncated_file_is_found(folder):
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_files_of_different_runs_are_refused(bench, tmp_path, stage):
+def test_files_of_different_runs_are_refused(bench_convert, tmp_path, stage):
     for name, size in (("a", 100), ("b", 200)):
-        bench.write_zero(tmp_path / name, [{"x": torch.randn(size, 3)}], stage, 2)
+        bench_convert.write_zero(tmp_path / name, [{"x": torch.randn(size, 3)}], stage, 2)
     file = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     shutil.copyfile(tmp_path / "a" / file, tmp_path / "b" / file)
-    with pytest.raises(ConversionError, match=f"{tmp_path / 'b'} mixes the files of several runs"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'b'} mixes the files of several runs"):
         open_checkpoint(tmp_path / "b")
 
 
 @pytest.fixture
-def state(checkpoints):
-    return torch.load(checkpoints / "zero2.pth")["state_dict"]
+def state(zero_checkpoints):
+    return torch.load(zero_checkpoints / "zero2.pth")["state_dict"]
 
 
-def test_another_shape_is_refused_with_both(state, config, tmp_path):
+def test_another_shape_is_refused_with_both(state, odd_config, tmp_path):
     name = "llm.layers.1.attention.wo.weight"
     torch.save({**state, name: torch.ones(40, 41)}, tmp_path / "a.pth")
-    message = refused(config, tmp_path / "a.pth", tmp_path / "hf")
+    message = refused(odd_config, tmp_path / "a.pth", tmp_path / "hf")
     assert f"{name} has shape (40, 41) in the checkpoint and (40, 40) in the model" in message
 
 
-def test_unexpected_tensors_are_refused_by_name(checkpoints, state, config, tmp_path):
+def test_unexpected_tensors_are_refused_by_name(zero_checkpoints, state, odd_config, tmp_path):
     torch.save({**state, "llm.extra.weight": torch.ones(3)}, tmp_path / "a.pth")
-    assert "model lacks: llm.extra.weight." in refused(config, tmp_path / "a.pth", tmp_path / "hf")
-    message = refused(config, checkpoints / "lora2", tmp_path / "hf")  # without the run's options
+    assert "model lacks: llm.extra.weight." in refused(
+        odd_config, tmp_path / "a.pth", tmp_path / "hf"
+    )
+    message = refused(
+        odd_config, zero_checkpoints / "lora2", tmp_path / "hf"
+    )  # without the run's options
     assert "that this model lacks: llm.base_model.model." in message
     assert "model.lora" in message
 
 
-def test_lacking_tensors_are_refused_by_name(state, config, tmp_path):
+def test_lacking_tensors_are_refused_by_name(state, odd_config, tmp_path):
     name = "llm.layers.0.ffn_norm.weight"
     torch.save({n: t for n, t in state.items() if n != name}, tmp_path / "a.pth")
-    message = refused(config, tmp_path / "a.pth", tmp_path / "hf")
+    message = refused(odd_config, tmp_path / "a.pth", tmp_path / "hf")
     assert f"lacks 1 of the {len(state)} tensors of this model: {name}." in message
 
 
