@@ -11,10 +11,11 @@ from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks 
 import logging
 import sys
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from mmengine.dist import barrier
+from mmengine.dist import barrier, get_world_size
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import print_log
 from mmengine.registry import FUNCTIONS, LOOPS
@@ -22,6 +23,7 @@ from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor
 from xtuner.registry import BUILDER
 
+from polar_xtuner import repartition
 from polar_xtuner.checkpoint import CheckpointError, PolarCheckpointHook
 from polar_xtuner.checks import (
     check_model,
@@ -38,7 +40,7 @@ from polar_xtuner.modeling_internlm2 import first_names
 from polar_xtuner.optim import PolarOptimWrapper, WarmupCosineLR
 from polar_xtuner.overview import overview
 from polar_xtuner.resume import RECORD, find_checkpoint, record_of, settle
-from polar_xtuner.runners import build_dataloader
+from polar_xtuner.runners import build_dataloader, take_weights
 from polar_xtuner.val_log import PolarLogProcessor  # noqa: F401
 from polar_xtuner.validation import PolarValLoop, check_validation
 
@@ -151,7 +153,8 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
             )
         check_settings(runner, sampler)
         self._record = record_of(sampler)
-        checkpoint = find_checkpoint(runner, deepspeed_config(runner) is not None)
+        is_deepspeed = deepspeed_config(runner) is not None
+        checkpoint = find_checkpoint(runner, is_deepspeed)
         self._resumed_at = 0
         if checkpoint is not None:
             self._resumed_at = settle(
@@ -161,6 +164,12 @@ class PolarTrainLoop(IterBasedTrainLoop):  # type: ignore[misc]
                 seed_is_set=runner.cfg.get("randomness", {}).get("seed") is not None,
                 changed=resume_changed,
             )
+            if is_deepspeed:
+                repartition.prepare_resume(runner.strategy, checkpoint, get_world_size())
+        elif runner._load_from is not None and is_deepspeed:
+            repartition.prepare_weights(runner.strategy, Path(runner._load_from))
+        elif runner._load_from is not None and Path(runner._load_from).is_dir():
+            runner.load_checkpoint = lambda path: take_weights(runner.model, path)
         self.epochs = epochs = int(max_epochs or 0)
         """Of the run, 0 where its length is `max_iters`."""
         iterations = max_iters or sampler.iterations(epochs)

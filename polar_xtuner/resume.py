@@ -15,8 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import get_world_size
-
 from polar_xtuner.checkpoint import CheckpointError, check_on_all_ranks, load_meta, newest_sound
 from polar_xtuner.packing import PLAN_VERSION
 from polar_xtuner.sampler import PackSampler, Stretch
@@ -52,11 +50,11 @@ def find_checkpoint(runner: Any, is_deepspeed: bool) -> Path | None:
     else:
         check_on_all_ranks(Path(runner._load_from))
     path = Path(runner._load_from)
-    if path.is_dir() != is_deepspeed:
+    if runner._resume and path.is_dir() != is_deepspeed:
         kind, option = ("a folder", "with") if path.is_dir() else ("a file", "without")
         raise CheckpointError(
             f"{path} is {kind}, written {option} --deepspeed: go on {option} it, or start anew "
-            "from the model that `xtuner convert pth_to_hf` makes of it"
+            "from its weights (load_from without resume)"
         )
     return path if runner._resume else None
 
@@ -75,13 +73,6 @@ def settle(
         ValueError: the records differ and `changed` is False.
     """
     checkpoint = load_meta(path)
-    ranks = checkpoint.get("dp_world_size", get_world_size())
-    if ranks != get_world_size():
-        raise ValueError(
-            f"{path} was written by {ranks} processes, now there are {get_world_size()}: with "
-            "DeepSpeed each holds a part of the optimizer's state. Resume with as many, or start "
-            "anew from the model that `xtuner convert pth_to_hf` makes of it"
-        )
     done = int(checkpoint["meta"]["iter"])
     info = checkpoint.get("message_hub", {}).get("runtime_info", {})
     before = info.get(RECORD, {})

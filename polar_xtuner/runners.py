@@ -14,7 +14,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from polar_xtuner.checks import shape_of, unwrapped
-from polar_xtuner.conversion import ConversionError, load_weights
+from polar_xtuner.conversion import ConversionError, open_checkpoint
 from polar_xtuner.interruption import quieten
 from polar_xtuner.modeling_internlm2 import first_names
 from polar_xtuner.sampler import PackSampler
@@ -94,17 +94,18 @@ def take_weights(model: Any, path: str) -> None:
     Raises:
         CheckpointError, ConversionError: it cannot be read, or is of another model.
     """
-    model, state = unwrapped(model), load_weights(path)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors, stored = unwrapped(model).state_dict(), open_checkpoint(path)
+    other = {n for n in stored.keys() & tensors if stored[n].shape != tensors[n].shape}
     for problem, names in (
-        ("lacks", shapes.keys() - state.keys()),
-        ("has and the model lacks", state.keys() - shapes.keys()),
-        ("has other shapes of", {n for n in state if state[n].shape != shapes.get(n)}),
+        ("lacks", tensors.keys() - stored.keys()),
+        ("has and the model lacks", stored.keys() - tensors.keys()),
+        ("has other shapes of", other),
     ):
         if names:
             raise ConversionError(
                 f"{path} and this model do not belong together: it {problem} {len(names)} "
-                f"tensors, {first_names(sorted(names))}. Test with the config and the "
-                "--cfg-options of the run that wrote it"
+                f"tensors, {first_names(sorted(names))}. Give the config and the --cfg-options "
+                "of the run that wrote it"
             )
-    model.load_state_dict(state, strict=False)  # of adapters it has no base weights
+    for name, tensor in tensors.items():
+        tensor.copy_(stored[name].read())

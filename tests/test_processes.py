@@ -17,10 +17,11 @@ import pytest
 import torch
 from commands import ROOT, TINY, TRAIN, run, run_forked, run_ranks
 
+from polar_xtuner.conversion import load_weights
 from polar_xtuner.interruption import STOPPED
 
 sys.path.insert(0, str(ROOT / "tools"))
-from tiny_run import deepspeed_file, environment, logged, tensors, train_command
+from tiny_run import deepspeed_file, environment, last_checkpoint, logged, tensors, train_command
 
 PLUG_IN = """
 import os, signal
@@ -131,11 +132,55 @@ def test_the_documented_launch_passes_on_what_a_scheduler_sends_to_all_processes
     assert log.read_text().count("exitcode  : 75") == 2
 
 
-def test_an_epoch_goes_on_with_another_number_of_processes(tiny: Path, tmp_path: Path) -> None:
-    train(tiny, tmp_path, iteration=5, processes=2)
-    (one,) = train(tiny, tmp_path, processes=1, resume=True)
-    assert "the epoch goes on with 1 ranks x 1 packs a step" in one.stdout
-    assert sum(logged(tmp_path, "pairs").values()) == 300
+SIXTEEN = {"pairs_per_step": 16, "max_packed_length": 2048, "save_total_limit": 9}
+"""The same pairs in a step, whatever the number of processes."""
+
+
+def train_on(
+    tiny: Path, work_dir: Path, before: tuple[int, int], now: tuple[int, int]
+) -> tuple[dict[int, float], Path]:
+    """Losses and weights where others go on after six steps: each (processes, ZeRO stage or 0)."""
+    for (processes, stage), resume in ((before, ()), (now, ("--resume", work_dir / "iter_6.pth"))):
+        engine = ("--deepspeed", deepspeed_file(tiny, stage)) if stage else ()
+        ranks = train(
+            *(tiny, work_dir, *engine, *resume), processes=processes, save_steps=6, **SIXTEEN
+        )
+        assert not any(rank.returncode for rank in ranks), ranks[0].stderr[-1000:]
+    assert f"the epoch goes on with {now[0]} ranks x 1 packs a step" in ranks[0].stdout
+    assert sum(logged(work_dir, "pairs").values()) == 300
+    return logged(work_dir, "loss"), last_checkpoint(work_dir)
+
+
+@pytest.mark.parametrize(("before", "now"), [((2, 3), (1, 2)), ((1, 2), (2, 3))])
+def test_an_epoch_goes_on_with_another_number_of_processes(
+    before: tuple[int, int], now: tuple[int, int], tiny: Path, tmp_path: Path
+) -> None:
+    """With DDP, and just so with DeepSpeed, at another stage of ZeRO besides."""
+    ddp, weights = train_on(tiny, tmp_path / "ddp", (before[0], 0), (now[0], 0))
+    zero, folder = train_on(tiny, tmp_path / "zero", before, now)
+    assert zero == pytest.approx(ddp, rel=1e-5)
+    start, one, other = (
+        load_weights(p) for p in (tmp_path / "ddp" / "iter_6.pth", weights, folder)
+    )
+    for name, tensor in one.items():
+        way = (tensor - start[name]).norm()
+        assert (other[name] - tensor).norm() <= 1e-4 * way, name
+
+
+def test_any_engine_takes_the_weights_alone_from_a_deepspeed_folder(
+    tiny: Path, tmp_path: Path
+) -> None:
+    zero3 = ("--deepspeed", deepspeed_file(tmp_path, 3))
+    few = {"train_cfg.max_epochs": None, "train_cfg.max_iters": 3, **SIXTEEN}
+    train(tiny, tmp_path / "before", *zero3, **few)
+    losses = []
+    for processes, engine in ((1, ()), (2, zero3)):
+        work_dir, start = tmp_path / str(processes), tmp_path / "before" / "iter_3.pth"
+        ranks = train(tiny, work_dir, *engine, processes=processes, load_from=start, **few)
+        assert not any(rank.returncode for rank in ranks), ranks[0].stderr[-1000:]
+        losses.append(logged(work_dir, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][1] < 0.69  # of a head of zeros it is ln 2
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-"""Two processes that train a step with DeepSpeed, for each way of keeping the state, and save it.
+"""Two processes that train with DeepSpeed, for each way of keeping the state, and save it.
 
     torchrun --nproc-per-node 2 tests/zero_checkpoints.py CONFIG FOLDER
 
-For each NAME of `WAYS`, FOLDER/NAME is the checkpoint as `xtuner train --deepspeed` writes it, and
+For each NAME of `WAYS`, FOLDER/NAME is the checkpoint as `xtuner train --deepspeed` writes it,
 FOLDER/NAME.pth what a file of mmengine would hold: all trained parameters, as DeepSpeed itself
-gathers them, and AdamW's state.
+gathers them, and AdamW's state; and FOLDER/NAME.truth all values as DeepSpeed gathers them.
 """
 
 import sys
@@ -16,7 +16,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from mmengine.config import Config
 from xtuner.registry import BUILDER
 
@@ -28,6 +28,8 @@ assert compat
 assert reward_model
 
 LORA = {"type": "peft.LoraConfig", "r": 3, "lora_alpha": 8, "target_modules": None}
+STEPS = 3
+"""The head begins with zeros and gets a gradient first, then the B of LoRA, then its A."""
 WAYS = {
     "zero1": {"stage": 1},
     "zero2": {"stage": 2},
@@ -46,7 +48,8 @@ def pack():
     return collate_pack([{"groups": [group], "pair_weight": 0.0, "rows": []}])["data"]
 
 
-def write(cfg, name, way, folder):
+def build_engine(cfg, way):
+    """Two groups of parameters, AdamW."""
     torch.manual_seed(0)
     llm = {**cfg.model.llm, "torch_dtype": "torch.bfloat16" if way.get("bf16") else "torch.float32"}
     model = BUILDER.build({**cfg.model, "llm": llm, "lora": way.get("lora")})
@@ -63,9 +66,35 @@ def write(cfg, name, way, folder):
         "bf16": {"enabled": way.get("bf16", False)},
     }
     optimizer = torch.optim.AdamW([{"params": groups[:half]}, {"params": groups[half:]}], lr=1e-2)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
-    engine.backward(engine(pack(), mode="tensor").float().square().sum())
-    engine.step()
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=options)[0]
+
+
+def gathered(engine):
+    """What DeepSpeed itself says of each trained parameter: weight and moments, in float32."""
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # It does so after the step of the first group, and never for the others.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    return {
+        name: {
+            "weight": safe_get_full_fp32_param(parameter).clone(),
+            "exp_avg": safe_get_full_optimizer_state(parameter, "exp_avg").clone(),
+            "exp_avg_sq": safe_get_full_optimizer_state(parameter, "exp_avg_sq").clone(),
+        }
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def train(engine):
+    for _ in range(STEPS):
+        engine.backward((engine(pack(), mode="tensor").float() - 1).square().sum())
+        engine.step()
+
+
+def write(cfg, name, way, folder):
+    engine = build_engine(cfg, way)
+    train(engine)
     frozen = way.get("with_frozen", False)
     engine.save_checkpoint(
         str(folder),
@@ -74,11 +103,10 @@ def write(cfg, name, way, folder):
         client_state={"meta": {"iter": 1}},
         exclude_frozen_parameters=not frozen,
     )
-    state = {}
-    for full_name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
-            state[full_name] = safe_get_full_fp32_param(parameter).clone()
+    truth = gathered(engine)
     if dist.get_rank() == 0:
+        torch.save(truth, folder / f"{name}.truth")
+        state = {name: values["weight"] for name, values in truth.items()}
         trained = [t.clone().requires_grad_() for t in state.values()]
         optimizer = torch.optim.AdamW(trained)
         sum(t.sum() for t in trained).backward()
@@ -87,12 +115,17 @@ def write(cfg, name, way, folder):
         torch.save(checkpoint, folder / f"{name}.pth")
 
 
-def main():
-    cfg, folder = Config.fromfile(sys.argv[1]), Path(sys.argv[2])
+def start():
+    """Config and folder that the command names, with DeepSpeed ready."""
     torch.set_num_threads(1)
     # Collectives in shared memory, which every process would compile anew for minutes.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     deepspeed.init_distributed("gloo")
+    return Config.fromfile(sys.argv[1]), Path(sys.argv[2])
+
+
+def main():
+    cfg, folder = start()
     for name, way in WAYS.items():
         write(cfg, name, way, folder)
 
