@@ -335,10 +335,14 @@ def find_sets(data_files: Any) -> list[tuple[Path, str]]:
         FileNotFoundError: see `find_files`.
     """
     sets = _sets(data_files) if isinstance(data_files, Mapping) else {"": data_files}
-    found = [(file, name) for name, files in sets.items() for file in find_files(files)]
-    twice = [file for file, times in Counter(file for file, _ in found).items() if times > 1]
-    if twice:
-        raise ValueError(f"data_files: {twice[0]} is in two sets: name it once")
+    try:
+        found = [(file, name) for name, files in sets.items() for file in find_files(files)]
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"data_files: {error}") from None
+    times = Counter(file.resolve() for file, _ in found)
+    for file, _ in found:
+        if times[file.resolve()] > 1:
+            raise ValueError(f"data_files: {file} is in two sets: name it once")
     if not found:
         raise ValueError("data_files is an empty dict: name a set of files, or give None")
     return found

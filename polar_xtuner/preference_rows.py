@@ -255,8 +255,7 @@ def reference_files(named: str | None) -> list[Path]:
     try:
         return find_files(path)
     except (FileNotFoundError, ValueError) as error:
-        problem = str(error).removeprefix("data_files: ")
-        raise ValueError(f"--reference {named}: {problem}") from error
+        raise ValueError(f"--reference {named}: {error}") from error
 
 
 class _ReferenceFile:

@@ -226,7 +226,7 @@ def find_files(data_files: str | Path | Sequence[str | Path]) -> list[Path]:
     """
     entries = [data_files] if isinstance(data_files, (str, Path)) else list(data_files)
     if not entries:
-        raise ValueError("data_files is an empty list")
+        raise ValueError("no files: the list is empty")
     paths = [path for entry in entries for path in _paths_of(entry)]
     for path in paths:
         _format(path)
@@ -321,9 +321,9 @@ def _paths_of(entry: str | Path) -> list[Path]:
         paths = [file for file in paths if file.is_file()]
         what = "glob matches no file"
     else:
-        raise FileNotFoundError(f"data_files: no such file or folder: {entry}")
+        raise FileNotFoundError(f"no such file or folder: {entry}")
     if not paths:
-        raise FileNotFoundError(f"data_files: this {what}: {entry}")
+        raise FileNotFoundError(f"this {what}: {entry}")
     return paths
 
 
@@ -331,7 +331,7 @@ def _format(path: Path) -> str:
     for ending in _READERS:
         if path.name.lower().endswith(ending):
             return ending
-    raise ValueError(f"data_files: unknown format: {path} (known are {', '.join(_READERS)})")
+    raise ValueError(f"unknown format: {path} (known are {', '.join(_READERS)})")
 
 
 # A reader yields (line, raw row), or (line, BadRow) where no raw row can be had.

@@ -135,7 +135,8 @@ def read_calibration(folder: Path) -> Calibration:
     Raises:
         ValueError: it has no calibration, or not a sound one.
     """
-    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(CALIBRATION)
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = content.get(CALIBRATION) if isinstance(content, dict) else None
     if found is None:
         raise ValueError(
             f"normalize=True needs a calibrated checkpoint: {folder}/config.json has no "

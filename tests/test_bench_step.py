@@ -70,4 +70,4 @@ def test_without_json_it_prints_a_table_and_names_what_is_wrong(
     assert "12 pairs of 2 prompts" in result.stdout
     assert "packs, groups share" in result.stdout
     assert result.returncode == 1
-    assert "bench_step.py: data_files: no such file or folder: " in result.stderr
+    assert "bench_step.py: no such file or folder: " in result.stderr

@@ -701,6 +701,8 @@ def test_configs_of_something_else_are_refused(
     ("options", "message"),
     [
         ({"data_files": {"x": "rows.jsonl", "y": ["rows.jsonl"]}}, "rows.jsonl is in two sets"),
+        ({"data_files": {"x": "rows.jsonl", "y": "a/../rows.jsonl"}}, "rows.jsonl is in two sets"),
+        ({"data_files": "none.jsonl"}, "data_files: no such file or folder: none.jsonl"),
         ({"data_files": {}}, "data_files is an empty dict"),
         ({"dataset": {"type": "x"}}, "either data_files= or dataset=, and not both"),
         ({"on_bad_row": "drop"}, "on_bad_row='drop'"),
@@ -722,9 +724,10 @@ def test_what_training_says_of_its_options_is_said_of_the_config(
     from polar_xtuner.dataset import PolarDataset
 
     monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
     Path("rows.jsonl").write_text(json.dumps(ONE))
     options = {"data_files": "rows.jsonl", **options}
-    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=re.escape(message)):
         PolarDataset(load_tokenizer(small_checkpoint), cache_dir="cache", **options)
     options = {"_delete_": True, "type": "PolarDataset", "tokenizer": {}, **options}
     Path("config.py").write_text(

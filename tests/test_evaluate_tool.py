@@ -210,7 +210,7 @@ def test_people_get_tables_and_one_line_of_what_is_wrong(
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "p", "reference": "r", "output": ["a", "b"]}\n')
     for file, message in (
-        ("nowhere.jsonl", "evaluate.py: data_files: no such file or folder: nowhere.jsonl"),
+        ("nowhere.jsonl", "evaluate.py: no such file or folder: nowhere.jsonl"),
         (str(bad), f"evaluate.py: 1 of 1 rows are bad:\n  {bad}:1: labels: is missing"),
     ):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", str(model), file])

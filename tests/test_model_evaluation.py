@@ -278,6 +278,10 @@ def test_a_calibration_is_of_every_candidate_once_and_is_read_again(file: Path) 
     assert config.stat().st_mode & 0o777 == 0o640
     assert {*file.parent.iterdir()} == {file, config}
 
+    config.write_text("[]")
+    with pytest.raises(ValueError, match="has no polar_calibration"):
+        read_calibration(file.parent)
+
 
 def test_a_calibration_without_a_temperature_is_refused(tmp_path: Path) -> None:
     for rows, scorer, reason in (
