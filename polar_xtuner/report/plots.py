@@ -23,6 +23,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -53,6 +54,13 @@ DASHES = ("none", "7 3", "2 3", "8 3 2 3")
 
 MOST_POINTS = 400
 """Of a curve in a page, which has no more pixels: beyond, a point is the mean of its neighbours."""
+
+FONTS = (
+    *("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC"),
+    *("WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans GB"),
+    *("Microsoft YaHei", "SimHei", "Droid Sans Fallback"),
+)
+"""Of a picture; matplotlib brings the first, which has no Chinese or Japanese letters."""
 
 _STYLE = {
     "font.size": 12,
@@ -159,7 +167,8 @@ def curves(id: str, title: str, label: str, lines: Sequence[Line]) -> Plot:
 
 def save_curves(path: Path, panels: Sequence[tuple[str, Sequence[Line]]]) -> None:
     """A PNG of curves, two panels beside each other, on white."""
-    with _style():
+    fonts = [font for font in FONTS if font in font_manager.get_font_names()]
+    with _style(), matplotlib.rc_context({"font.family": fonts}):
         rows = -(-len(panels) // 2)
         figure = Figure(figsize=(13, 3.6 * rows + 0.5), facecolor=LIGHT["paper"])
         FigureCanvasAgg(figure)
