@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from polar_xtuner import compat  # noqa: F401  # isort: skip  (first: it checks versions)
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -27,8 +28,21 @@ from polar_xtuner.zero_folder import FLAT_ZERO2, FLAT_ZERO3, Pieces, Shapes, Zer
 
 logger = logging.getLogger(__name__)
 
-OF_ALL = ("loss_scaler", "dynamic_loss_scale", "overflow")
-"""What every process has saved alike, beside its part."""
+LOSS_SCALE = ("loss_scaler", "dynamic_loss_scale", "overflow")
+"""Of training in float16, the same in every process."""
+
+CUT_BY = (
+    ("zero_optimization", "stage"),
+    ("zero_optimization", "round_robin_gradients"),
+    ("zero_optimization", "sub_group_size"),
+    ("bf16", "enabled"),
+    ("fp16", "enabled"),
+    ("data_types", "grad_accum_dtype"),
+)
+"""Settings of DeepSpeed that decide what a process holds, beside the number of processes."""
+
+OF_RUNS = ("meta", "message_hub", "param_schedulers", "optim_wrapper")
+"""What mmengine's runner has added to a checkpoint."""
 
 
 def prepare_resume(strategy: Any, path: Path, processes: int) -> None:
@@ -45,20 +59,23 @@ def prepare_resume(strategy: Any, path: Path, processes: int) -> None:
     """
     state = load_meta(path)
     configs = (state.get("ds_config") or {}, strategy.config)
-    before, now = map(_stage, configs)
-    is_whole = state.get("optimizer") is not None  # without ZeRO each process has all of it
-    is_same = state["dp_world_size"] == processes or is_whole
-    if is_same and (before == now or {before, now} == {1, 2}):
+    (before, now), *others = ([_setting(c, *name) for c in configs] for name in CUT_BY)
+    in_all = state.get("optimizer") is not None  # without ZeRO each process has all of it
+    is_cut_so = in_all or state["dp_world_size"] == processes
+    if is_cut_so and before == now and all(one == other for one, other in others):
         return
     how = (
-        f"{path} was written by {state['dp_world_size']} processes at ZeRO stage {before}, now "
-        f"there are {processes} at stage {now}"
+        f"{path} was written by {state['dp_world_size']} processes at ZeRO stage {before or 0}, "
+        f"now there are {processes} at stage {now or 0}, or other settings of DeepSpeed"
     )
-    advice = "Resume as it was, or start anew from its weights (load_from without resume)"
-    if not before or not now:
-        raise CheckpointError(f"{how}: only what ZeRO has cut can be cut anew. {advice}")
-    if any(map(_is_on_nvme, configs)):
-        raise CheckpointError(f"{how}: what is offloaded to NVMe cannot be cut anew. {advice}")
+    reasons = [] if before and now else ["only what ZeRO has cut can be cut anew"]
+    for config in configs:
+        reasons += [f"{what} cannot be cut anew" for what in _fixed(config)]
+    if reasons:
+        raise CheckpointError(
+            f"{how}: {reasons[0]}. Resume as it was, or start anew from its weights (load_from "
+            "without resume)"
+        )
     ZeroFolder(path)  # lest it be found to lack files when the model is loaded
     logger.info("%s: each cuts its part of the state anew", how)
     resume = strategy.resume
@@ -78,40 +95,54 @@ def prepare_weights(strategy: Any, path: Path) -> None:
     """Have mmengine's DeepSpeed strategy take its weights alone from a checkpoint of any kind.
 
     Raises:
-        CheckpointError: this run does not use ZeRO, or offloads to NVMe.
+        CheckpointError: this run does not use ZeRO, or cuts in a way that is not known here.
     """
-    if not _stage(strategy.config) or _is_on_nvme(strategy.config):
+    fixed = _fixed(strategy.config)
+    if fixed or not _setting(strategy.config, *CUT_BY[0]):
         raise CheckpointError(
-            f"load_from={path}: weights are taken into ZeRO stage 1, 2 or 3, and not from or to "
-            "NVMe. Use pretrained_model_name_or_path with the model that `xtuner convert "
-            "pth_to_hf` makes of it"
+            f"load_from={path}: weights are taken into ZeRO stage 1, 2 or 3"
+            f"{''.join(f', not with {what}' for what in fixed)}. Give as "
+            "pretrained_model_name_or_path the model that `xtuner convert pth_to_hf` makes of it"
         )
 
     def load_checkpoint(*args: Any, **options: Any) -> dict[str, Any]:
-        load_weights(strategy.model.model, path)
+        take_weights(strategy.model.model, path)
         return {}
 
     strategy.load_checkpoint = load_checkpoint
 
 
-def _stage(config: Mapping[str, Any]) -> int:
-    return int(config.get("zero_optimization", {}).get("stage", 0))
+def _setting(config: Mapping[str, Any], part: str, name: str) -> Any:
+    """None stands for what is not set or is off."""
+    return (config.get(part) or {}).get(name) or None
 
 
-def _is_on_nvme(config: Mapping[str, Any]) -> bool:
-    parts = config.get("zero_optimization", {})
-    offloads = (parts.get(name) or {} for name in ("offload_optimizer", "offload_param"))
-    return any(offload.get("device") == "nvme" for offload in offloads)
+def _fixed(config: Mapping[str, Any]) -> list[str]:
+    """What of a DeepSpeed file binds the state to where it lies."""
+    zero = config.get("zero_optimization") or {}
+    offloads = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
+    is_fixed = {
+        "what is offloaded to NVMe": any(offload.get("device") == "nvme" for offload in offloads),
+        "what is saved with elastic_checkpoint": zero.get("elastic_checkpoint"),
+        "what MiCS cuts": (zero.get("mics_shard_size") or 0) > 0,
+        "what DeepSpeed's BF16_Optimizer holds (grad_accum_dtype)": (
+            zero.get("stage") == 1
+            and _setting(config, "bf16", "enabled")
+            and _setting(config, "data_types", "grad_accum_dtype") == "fp32"
+        ),
+    }
+    return [what for what, is_so in is_fixed.items() if is_so]
 
 
 def _load_checkpoint(engine: Any, path: Path, *_: Any, **__: Any) -> tuple[str, dict[str, Any]]:
     """`engine.load_checkpoint`, with what it gives: the path, and what the runner has saved."""
     folder = ZeroFolder(path)
-    load(engine, folder)
-    return str(path), dict(folder.state)
+    take_up(engine, folder)
+    of_run = {key: folder.state[key] for key in OF_RUNS if key in folder.state}
+    return str(path), copy.deepcopy(of_run)  # for a tensor of it would keep a whole file mapped
 
 
-def load(engine: Any, folder: ZeroFolder) -> None:
+def take_up(engine: Any, folder: ZeroFolder) -> None:
     """Put weights, optimizer state and counters of a checkpoint into DeepSpeed's engine.
 
     Args:
@@ -119,13 +150,20 @@ def load(engine: Any, folder: ZeroFolder) -> None:
 
     Raises:
         CheckpointError: the checkpoint is of other parameters, or of an optimizer whose state does
-            not have the shapes of the weights.
+            not have the shapes of the weights, or of other groups.
     """
     layout = _Layout(engine)
     shapes = {name: shape for of_group in folder.shapes for name, shape in of_group.items()}
     layout.check(folder.path, shapes)
     by_key, of_all, groups = _optimizer_state(folder)
-    state: dict[int, dict[str, Any]] = {number: dict(of_all) for number in layout.groups}
+    there = len(engine.optimizer.optimizer.param_groups)
+    if len(groups) != there:
+        raise CheckpointError(
+            f"{folder.path} is of another optimizer, of {len(groups)} groups of parameters, now "
+            f"there are {there}: undo the change of optim_wrapper (paramwise_cfg)"
+        )
+    # Each a tensor of its own, for it is counted up in each, and none that keeps a file mapped.
+    state: dict[int, dict[str, Any]] = {number: copy.deepcopy(of_all) for number in layout.groups}
     for key, values in by_key.items():
         for number, flat in enumerate(layout.part(values)):
             state[number][key] = flat
@@ -133,16 +171,18 @@ def load(engine: Any, folder: ZeroFolder) -> None:
         {**group, "params": [n for n, of_group in layout.groups.items() if of_group == number]}
         for number, group in enumerate(groups)
     ]
+    saved = folder.optimizers[0]
+    has_scale = engine.fp16_enabled() and _setting(folder.state["ds_config"], "fp16", "enabled")
     layout.put(
         layout.part(folder.master_weights()),
         {"state": state, "param_groups": groups},
-        {key: folder.optimizers[0][key] for key in OF_ALL},
+        {key: saved[key] for key in LOSS_SCALE} if has_scale else None,
     )
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, counter, folder.state[counter])
 
 
-def load_weights(engine: Any, path: Path) -> None:
+def take_weights(engine: Any, path: Path) -> None:
     """Put the weights of a checkpoint of any kind (`conversion.open_checkpoint`) into an engine.
 
     Raises:
@@ -192,12 +232,15 @@ class _Layout:
         self,
         weights: list[Tensor],
         state: dict[str, Any] | None = None,
-        of_all: Mapping[str, Any] | None = None,
+        loss_scale: Mapping[str, Any] | None = None,
     ) -> None:
-        """Hand over what DeepSpeed's optimizer would have saved; without state, weights only."""
+        """Hand over what DeepSpeed's optimizer would have saved; without state, weights only.
+
+        Without `loss_scale` it keeps its own.
+        """
         optimizer, is_zero3 = self.optimizer, self.is_zero3
         saved = {
-            **(of_all or {key: getattr(optimizer, key) for key in OF_ALL}),
+            **(loss_scale or {key: getattr(optimizer, key) for key in LOSS_SCALE}),
             "ds_version": version("deepspeed"),
             (FLAT_ZERO3 if is_zero3 else FLAT_ZERO2): weights,
             (OF_ZERO3 if is_zero3 else OF_ZERO2): state or {},
@@ -222,18 +265,15 @@ def _optimizer_state(
     saved = [
         optimizer[OF_ZERO3 if folder.is_zero3 else OF_ZERO2] for optimizer in folder.optimizers
     ]
-    if not all(isinstance(of_rank, dict) and of_rank["state"] for of_rank in saved):
-        raise CheckpointError(
-            f"{folder.path} has no optimizer state, or one of elastic_checkpoint, which cannot be "
-            "cut anew: resume it as it was written"
-        )
+    if not all(of_rank["state"] for of_rank in saved):
+        raise CheckpointError(f"{folder.path} has no optimizer state: it cannot be resumed")
     state = [of_rank["state"] for of_rank in saved]
     first = state[0][0]
     is_cut = {key: isinstance(value, Tensor) and value.dim() > 0 for key, value in first.items()}
     by_key = {}
     for key in filter(is_cut.get, first):
         values = [[of_rank[number][key] for number in sorted(of_rank)] for of_rank in state]
-        by_key[key] = folder.by_name(values)
+        by_key[key] = folder.by_name(values, f"the optimizer's {key}")
     return by_key, {key: first[key] for key in first if not is_cut[key]}, saved[0]["param_groups"]
 
 

@@ -50,13 +50,21 @@ def find_checkpoint(runner: Any, is_deepspeed: bool) -> Path | None:
     else:
         check_on_all_ranks(Path(runner._load_from))
     path = Path(runner._load_from)
-    if runner._resume and path.is_dir() != is_deepspeed:
+    if not runner._resume:
+        return None
+    needed = "optimizer" if path.is_file() else "param_schedulers"
+    if needed not in load_meta(path) and runner.param_schedulers is not None:
+        raise CheckpointError(
+            f"{path} has weights alone, as a best checkpoint has, and no {needed}: it cannot be "
+            "resumed. Start anew from them (load_from without resume)"
+        )
+    if path.is_dir() != is_deepspeed:
         kind, option = ("a folder", "with") if path.is_dir() else ("a file", "without")
         raise CheckpointError(
             f"{path} is {kind}, written {option} --deepspeed: go on {option} it, or start anew "
             "from its weights (load_from without resume)"
         )
-    return path if runner._resume else None
+    return path
 
 
 def settle(

@@ -51,6 +51,10 @@ class ZeroFolder:
             )
         self.state = self._model_state(0)
         """What is saved beside the partitions, of the first process."""
+        if self.state.get("optimizer") is not None:
+            raise CheckpointError(
+                f"{path} was written without ZeRO: only folders of ZeRO stage 1, 2 or 3 are read"
+            )
         prefix = "bf16_" if any(path.glob("bf16_zero_pp_rank_*_optim_states.pt")) else ""
         name = prefix + "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
         self._files = [path / name.format(rank) for rank in range(self.processes)]
@@ -97,9 +101,9 @@ class ZeroFolder:
             CheckpointError: the files do not belong together.
         """
         key = FLAT_ZERO3 if self.is_zero3 else FLAT_ZERO2
-        return self.by_name([optimizer[key] for optimizer in self.optimizers])
+        return self.by_name([optimizer[key] for optimizer in self.optimizers], "the weights")
 
-    def by_name(self, ranks: Sequence[Sequence[Tensor]]) -> dict[str, Pieces]:
+    def by_name(self, ranks: Sequence[Sequence[Tensor]], what: str) -> dict[str, Pieces]:
         """What lies as the master weights do: `ranks[rank][group]` is flat.
 
         Raises:
@@ -110,8 +114,8 @@ class ZeroFolder:
             return join(ranks, self.shapes)
         except Mismatch as error:
             raise CheckpointError(
-                f"{self.path} mixes the files of several runs: {error}. Copy it again, all of one "
-                "run"
+                f"{self.path} mixes the files of several runs, or {what} are elsewhere (NVMe): "
+                f"{error}. Copy it again, all of one run"
             ) from None
 
     def frozen(self) -> dict[str, tuple[Pieces, torch.Size]]:

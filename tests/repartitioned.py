@@ -3,21 +3,24 @@
     torchrun --nproc-per-node N tests/repartitioned.py CONFIG FOLDER
 
 For each of `CHANGES`, FOLDER/BEFORE-NOW-N.pth is what DeepSpeed then says of each parameter: the
-float32 weight, the moments, and the weight that the model computes with; and the engine's steps.
+float32 weight, the moments, and the weight that the model computes with; the engine's steps; and
+the steps of the optimizer and the weights after some steps more.
 For each of `WEIGHTS` it is the weights.
 """
+
+from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from zero_checkpoints import WAYS, build_engine, gathered, start, train
 
-from polar_xtuner.repartition import load, load_weights
+from polar_xtuner.repartition import take_up, take_weights
 from polar_xtuner.zero_folder import ZeroFolder
 
 CHANGES = (
-    ("zero1", "zero2"),
-    ("zero2", "zero3"),
+    ("zero1", "robin2"),
+    ("robin2", "zero3"),
     ("zero3", "zero3"),
     ("zero3", "zero1"),
     ("bfloat16", "bfloat16"),
@@ -38,36 +41,43 @@ def computes_with(engine):
     return weights
 
 
+def steps_of(engine):
+    return {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
+
+
 def save(result, before, now, folder):
     if dist.get_rank() == 0:
         torch.save(result, folder / f"{before}-{now}-{dist.get_world_size()}.pth")
 
 
-def take_up(cfg, before, now, folder):
+def resume(cfg, before, now, folder):
     engine = build_engine(cfg, WAYS[now])
-    load(engine, ZeroFolder(folder / before))
+    take_up(engine, ZeroFolder(folder / before))
     state = gathered(engine)
     for name, weight in computes_with(engine).items():
         state[name]["computes with"] = weight
-    steps = {int(of["step"]) for of in engine.optimizer.optimizer.state.values()}
-    save({"state": state, "steps": steps, "global_steps": engine.global_steps}, before, now, folder)
+    global_steps = engine.global_steps
+    train(engine)
+    assert "optim_states" not in Path("/proc/self/maps").read_text(), "files are still mapped"
+    result = {"state": state, "steps": steps_of(engine), "global_steps": global_steps}
+    trained = {name: values["weight"] for name, values in gathered(engine).items()}
+    save({**result, "trained": trained}, before, now, folder)
 
 
-def take_weights(cfg, before, now, folder):
+def start_from(cfg, before, now, folder):
     engine = build_engine(cfg, WAYS[now])
-    load_weights(engine, folder / before)
+    take_weights(engine, folder / before)
     weights = computes_with(engine)
     train(engine)  # no step has been counted: the moments begin here
-    steps = {int(of["step"]) for of in engine.optimizer.optimizer.state.values()}
-    save({"weights": weights, "steps": steps}, before, now, folder)
+    save({"weights": weights, "steps": steps_of(engine)}, before, now, folder)
 
 
 def main():
     cfg, folder = start()
     for before, now in CHANGES:
-        take_up(cfg, before, now, folder)
+        resume(cfg, before, now, folder)
     for before, now in WEIGHTS:
-        take_weights(cfg, before, now, folder)
+        start_from(cfg, before, now, folder)
 
 
 if __name__ == "__main__":

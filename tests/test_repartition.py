@@ -1,5 +1,6 @@
 """DeepSpeed's state cut for other processes and stages is the state that was written."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 from repartitioned import CHANGES, WEIGHTS
 from zero_checkpoints import STEPS
 
-from polar_xtuner.checkpoint import CheckpointError
+from polar_xtuner.checkpoint import CheckpointError, load_meta
 from polar_xtuner.repartition import part_of_zero2, part_of_zero3, prepare_resume
-from polar_xtuner.zero_folder import join_zero2, join_zero3
+from polar_xtuner.zero_folder import ZeroFolder, join_zero2, join_zero3
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -29,7 +30,7 @@ def test_deepspeed_says_the_same_of_every_parameter(
     for before, now in CHANGES:
         truth = torch.load(zero_checkpoints / f"{before}.truth")
         found = torch.load(zero_checkpoints / f"{before}-{now}-{processes}.pth")
-        assert (found["steps"], found["global_steps"]) == ({STEPS}, STEPS)
+        assert (found["steps"], found["global_steps"]) == ({2 * STEPS}, STEPS)
         assert found["state"].keys() == truth.keys()
         assert all(values["exp_avg_sq"].any() for values in truth.values())
         for name, values in found["state"].items():
@@ -37,6 +38,10 @@ def test_deepspeed_says_the_same_of_every_parameter(
             for key, value in values.items():
                 assert torch.equal(value, truth[name][key]), (before, now, name, key)
             assert torch.equal(computes_with, values["weight"].to(computes_with.dtype))
+            start, end = truth[name]["weight"], truth[name]["trained"]
+            way = (end - start).norm()
+            tolerance = 0.1 if before == "bfloat16" else 1e-3
+            assert (found["trained"][name] - end).norm() <= tolerance * way, (before, name)
     for before, now in WEIGHTS:
         truth = torch.load(zero_checkpoints / f"{before.removesuffix('.pth')}.truth")
         found = torch.load(zero_checkpoints / f"{before}-{now}-{processes}.pth")
@@ -91,26 +96,35 @@ def strategy(stage: int, **zero: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "processes", "own"),
+    ("name", "changes", "processes", "own"),
     [
-        ("zero2", 2, 2, True),
-        ("zero1", 2, 2, True),
-        ("zero3", 3, 2, True),
-        ("zero2", 2, 3, False),
-        ("zero2", 3, 2, False),
-        ("zero3", 1, 2, False),
-        ("whole", 0, 7, True),
+        ("zero2", {}, 2, True),
+        ("zero3", {}, 2, True),
+        ("bfloat16", {}, 2, True),
+        ("zero2", {}, 3, False),
+        ("zero2", {"stage": 3}, 2, False),
+        ("zero1", {"stage": 2}, 2, False),
+        ("zero2", {"round_robin_gradients": True}, 2, False),
+        ("zero3", {"sub_group_size": 5000}, 2, False),
+        ("whole", {}, 7, True),
     ],
 )
 def test_deepspeed_loads_itself_what_it_can(
-    name: str, stage: int, processes: int, own: bool, zero_checkpoints: Path, tmp_path: Path
+    name: str,
+    changes: dict[str, Any],
+    processes: int,
+    own: bool,
+    zero_checkpoints: Path,
+    tmp_path: Path,
 ) -> None:
     folder = zero_checkpoints / name
     if name == "whole":
         folder = written(tmp_path, {"optimizer": {"state": {}}})
         for file in folder.glob("zero_*"):
             file.unlink()
-    of_run = strategy(stage)
+    config = copy.deepcopy(load_meta(folder).get("ds_config", {}))
+    config.get("zero_optimization", {}).update(changes)
+    of_run = SimpleNamespace(config=config, resume="DeepSpeed's own")
     prepare_resume(of_run, folder, processes)
     assert (of_run.resume == "DeepSpeed's own") == own
 
@@ -124,12 +138,27 @@ def written(folder: Path, state: dict[str, Any]) -> Path:
     return folder
 
 
+BF16_OPTIMIZER = strategy(1)
+BF16_OPTIMIZER.config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
+
 @pytest.mark.parametrize(
     ("before", "now", "said"),
     [
-        (strategy(0), strategy(2), "at ZeRO stage 0, now there are 3 at stage 2: only what ZeRO"),
-        (strategy(2), strategy(0), "at ZeRO stage 2, now there are 3 at stage 0: only what ZeRO"),
+        (
+            strategy(0),
+            strategy(2),
+            "at ZeRO stage 0, now there are 3 at stage 2, .*: only what ZeRO",
+        ),
+        (
+            strategy(2),
+            strategy(0),
+            "at ZeRO stage 2, now there are 3 at stage 0, .*: only what ZeRO",
+        ),
         (strategy(3), strategy(3, offload_param={"device": "nvme"}), "offloaded to NVMe cannot"),
+        (strategy(3, mics_shard_size=2), strategy(3), "what MiCS cuts cannot be cut anew"),
+        (strategy(2, elastic_checkpoint=True), strategy(2), "with elastic_checkpoint cannot be"),
+        (strategy(2), BF16_OPTIMIZER, r"BF16_Optimizer holds \(grad_accum_dtype\) cannot be"),
     ],
 )
 def test_what_cannot_be_cut_anew_is_refused_before_the_model_is_built(
@@ -145,3 +174,8 @@ def test_the_files_of_all_nodes_are_needed(tmp_path: Path) -> None:
     (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(CheckpointError, match=r"lacks zero_pp_rank_1_.* of all nodes into one"):
         prepare_resume(strategy(2), folder, 3)
+
+
+def test_a_folder_without_zero_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"{tmp_path} was written without ZeRO"):
+        ZeroFolder(written(tmp_path, {"optimizer": {"state": {}}}))

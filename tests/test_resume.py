@@ -335,6 +335,15 @@ def test_a_checkpoint_that_lacks_tensors_is_not_trained_from(make: Any, tmp_path
         make(2, load_from=str(tmp_path / "lacking.pth")).train()
 
 
+def test_weights_alone_are_not_resumed(make: Any, tmp_path: Path) -> None:
+    make(2, work_dir=tmp_path / "run").train()
+    state = torch.load(tmp_path / "run" / "iter_2.pth")
+    del state["optimizer"]
+    torch.save(state, tmp_path / "best.pth")
+    with pytest.raises(CheckpointError, match=r"best\.pth has weights alone.* no optimizer"):
+        make(4, load_from=str(tmp_path / "best.pth"), resume=True).train()
+
+
 def test_training_goes_on_when_a_disk_is_full_and_says_so_at_the_end(
     make: Any, small_disk: Path, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ STEPS = 3
 WAYS = {
     "zero1": {"stage": 1},
     "zero2": {"stage": 2},
+    "robin2": {"stage": 2, "robin": True},
     "zero3": {"stage": 3, "sub_group_size": 3000},
     "bfloat16": {"stage": 1, "bf16": True},
     "lora2": {"stage": 2, "lora": LORA},
@@ -62,6 +63,7 @@ def build_engine(cfg, way):
         "zero_optimization": {
             "stage": way["stage"],
             "sub_group_size": way.get("sub_group_size", int(1e9)),
+            "round_robin_gradients": way.get("robin", False),
         },
         "bf16": {"enabled": way.get("bf16", False)},
     }
@@ -71,10 +73,15 @@ def build_engine(cfg, way):
 
 def gathered(engine):
     """What DeepSpeed itself says of each trained parameter: weight and moments, in float32."""
-    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        # It does so after the step of the first group, and never for the others.
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "round_robin_bit16_groups"):
+        # It takes the parameters to lie in the model's order, even where they lie in turns, and the
+        # moments of the groups after the first it never finds.
+        groups, optimizer.bit16_groups = optimizer.bit16_groups, optimizer.round_robin_bit16_groups
+        optimizer._link_all_hp_params()
+        optimizer.bit16_groups = groups
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
     return {
         name: {
             "weight": safe_get_full_fp32_param(parameter).clone(),
@@ -104,6 +111,9 @@ def write(cfg, name, way, folder):
         exclude_frozen_parameters=not frozen,
     )
     truth = gathered(engine)
+    train(engine)
+    for parameter, values in gathered(engine).items():
+        truth[parameter]["trained"] = values["weight"]
     if dist.get_rank() == 0:
         torch.save(truth, folder / f"{name}.truth")
         state = {name: values["weight"] for name, values in truth.items()}
