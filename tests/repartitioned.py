@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node N tests/repartitioned.py CONFIG FOLDER
 
-For each of `CHANGES`, FOLDER/BEFORE-NOW-N.pth is what DeepSpeed then says of each parameter: the
+For each of `CHANGES`, FOLDER/BEFORE-NOW.pth is what DeepSpeed then says of each parameter: the
 float32 weight, the moments, and the weight that the model computes with; the engine's steps; and
 the steps of the optimizer and the weights after some steps more.
 For each of `WEIGHTS` it is the weights.
@@ -47,7 +47,7 @@ def steps_of(engine):
 
 def save(result, before, now, folder):
     if dist.get_rank() == 0:
-        torch.save(result, folder / f"{before}-{now}-{dist.get_world_size()}.pth")
+        torch.save(result, folder / f"{before}-{now}.pth")
 
 
 def resume(cfg, before, now, folder):

@@ -19,17 +19,16 @@ from polar_xtuner.repartition import part_of_zero2, part_of_zero3, prepare_resum
 from polar_xtuner.zero_folder import ZeroFolder, join_zero2, join_zero3
 
 
-@pytest.mark.parametrize("processes", [1, 3])
 def test_deepspeed_says_the_same_of_every_parameter(
-    processes: int, odd_config: Path, zero_checkpoints: Path
+    odd_config: Path, zero_checkpoints: Path
 ) -> None:
     script = Path(__file__).with_name("repartitioned.py")
-    ranks = run_ranks(processes, script, odd_config, zero_checkpoints, OMP_NUM_THREADS="1")
+    ranks = run_ranks(3, script, odd_config, zero_checkpoints, OMP_NUM_THREADS="1")
     for rank in ranks:
         assert rank.returncode == 0, rank.stderr
     for before, now in CHANGES:
         truth = torch.load(zero_checkpoints / f"{before}.truth")
-        found = torch.load(zero_checkpoints / f"{before}-{now}-{processes}.pth")
+        found = torch.load(zero_checkpoints / f"{before}-{now}.pth")
         assert (found["steps"], found["global_steps"]) == ({2 * STEPS}, STEPS)
         assert found["state"].keys() == truth.keys()
         assert all(values["exp_avg_sq"].any() for values in truth.values())
@@ -44,7 +43,7 @@ def test_deepspeed_says_the_same_of_every_parameter(
             assert (found["trained"][name] - end).norm() <= tolerance * way, (before, name)
     for before, now in WEIGHTS:
         truth = torch.load(zero_checkpoints / f"{before.removesuffix('.pth')}.truth")
-        found = torch.load(zero_checkpoints / f"{before}-{now}-{processes}.pth")
+        found = torch.load(zero_checkpoints / f"{before}-{now}.pth")
         assert found["steps"] == {STEPS}
         assert found["weights"].keys() == truth.keys()
         for name, weight in found["weights"].items():
