@@ -93,18 +93,19 @@ def open_checkpoint(path: str | Path) -> dict[str, StoredTensor]:
             folder of another kind, or one that lacks a file.
         ConversionError: it is a file without weights.
     """
+    path = Path(path)
+    if path.is_dir():
+        ZeroFolder(path)  # which names the files that are lacking
+    check_checkpoint(path)
     return {name: _mapped(*stored) for name, stored in open_pieces(path).items()}
 
 
-def open_pieces(path: str | Path) -> dict[str, tuple[Pieces, torch.Size]]:
-    """`open_checkpoint`, as pieces in its files (`zero_folder.py`) and shapes.
+def open_pieces(path: Path) -> dict[str, tuple[Pieces, torch.Size]]:
+    """`open_checkpoint` of one that was checked, as pieces (`zero_folder.py`) and shapes.
 
     Of a file, a tensor is one piece, in its shape.
     """
-    path = Path(path)
-    folder = ZeroFolder(path) if path.is_dir() else None  # it names the files that are lacking
-    check_checkpoint(path)
-    return _of_file(path) if folder is None else _of_folder(folder)
+    return _of_folder(ZeroFolder(path)) if path.is_dir() else _of_file(path)
 
 
 def _of_file(file: Path) -> dict[str, tuple[Pieces, torch.Size]]:

@@ -185,6 +185,8 @@ def take_up(engine: Any, folder: ZeroFolder) -> None:
 def take_weights(engine: Any, path: Path) -> None:
     """Put the weights of a checkpoint of any kind (`conversion.open_checkpoint`) into an engine.
 
+    It was checked when the run began (`resume.find_checkpoint`), by all ranks together.
+
     Raises:
         CheckpointError, ConversionError: it cannot be read, or is of another model.
     """

@@ -86,7 +86,7 @@ class ZeroFolder:
         if not found or any(found[0] not in optimizer for optimizer in self.optimizers):
             raise CheckpointError(
                 f"{self.path} was not written with ZeRO stage 1, 2 or 3: its optimizer states lack "
-                f"{' and '.join(found or [FLAT_ZERO2])}"
+                f"{(found or [FLAT_ZERO2])[0]}"
             )
         return found[0] == FLAT_ZERO3
 
